@@ -1,0 +1,227 @@
+"""safetensors files, read by header and written as a stream.
+
+Headers are read without torch, and are not believed until their offsets fit the file. Writing goes tensor by tensor:
+memory holds one tensor, and the digest is computed on the way. The format: an 8-byte little-endian length, a JSON
+header, then the tensors' bytes (https://github.com/huggingface/safetensors).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from onward.errors import DamageError
+
+if TYPE_CHECKING:
+    import torch
+
+DTYPE_SIZES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+TORCH_NAMES = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "U16": "uint16",
+    "I16": "int16", "F16": "float16", "BF16": "bfloat16", "U32": "uint32", "I32": "int32", "F32": "float32",
+    "U64": "uint64", "I64": "int64", "F64": "float64",
+}  # fmt: skip
+MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor without its values. `dtype` is safetensors' name: F32, BF16, …"""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return DTYPE_SIZES[self.dtype] * math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class TensorEntry(TensorSpec):
+    """A tensor of a file, with the place of its bytes: `begin` to `end`, counted from the start of the file."""
+
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file as it was written: path relative to its directory (posix), size in bytes, digest."""
+
+    path: str
+    size: int
+    digest: str
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """safetensors' name of a torch dtype."""
+    wanted = str(dtype).removeprefix("torch.")
+    for name, torch_name in TORCH_NAMES.items():
+        if torch_name == wanted:
+            return name
+    raise ValueError(f"safetensors has no dtype for {dtype}")
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of safetensors' name."""
+    import torch
+
+    return getattr(torch, TORCH_NAMES[name])  # type: ignore[no-any-return]
+
+
+def spec_of(name: str, tensor: torch.Tensor) -> TensorSpec:
+    return TensorSpec(name, dtype_name(tensor.dtype), tuple(tensor.shape))
+
+
+def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
+    """Every tensor of a safetensors file by name, in the order of their bytes, and the file's metadata.
+
+    Reads the header alone, without torch. DamageError when the file is truncated, when the header is not what the
+    format allows, or when it lies: tensors that overlap, leave gaps, or have offsets that do not fit their shape.
+    """
+    where = str(path)
+    try:
+        with path.open("rb") as file:
+            total = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if total < 8 or length > min(total - 8, MAX_HEADER):
+                raise DamageError(f"truncated, or not safetensors: {total} bytes, header of {length}", where=where)
+            header = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise DamageError("missing", where=where) from None
+    except OSError as error:
+        raise DamageError(f"cannot be read ({error.strerror})", where=where) from None
+    except (ValueError, RecursionError):
+        raise DamageError("damaged, or not safetensors: its header is not JSON", where=where) from None
+    if not isinstance(header, dict):
+        raise DamageError("damaged, or not safetensors: its header is not an object", where=where)
+    metadata = header.pop("__metadata__", None) or {}
+    base = 8 + length
+    entries = sorted((_entry(name, raw, base, where) for name, raw in header.items()), key=lambda e: (e.begin, e.end))
+    position = base
+    for entry in entries:
+        if entry.begin != position or entry.end - entry.begin != entry.nbytes:
+            raise DamageError("its header lies about where the bytes are", where=f"{path}, tensor {entry.name}")
+        position = entry.end
+    if position != total:
+        raise DamageError(f"{total} bytes, its header speaks of {position}: truncated or overlong", where=where)
+    return {entry.name: entry for entry in entries}, metadata
+
+
+def _entry(name: str, raw: object, base: int, where: str) -> TensorEntry:
+    match raw:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if (
+            dtype in DTYPE_SIZES and all(type(size) is int and size >= 0 for size in shape) and 0 <= begin <= end
+        ):
+            return TensorEntry(name, dtype, tuple(shape), base + begin, base + end)
+    raise DamageError("its header entry is not what the format allows", where=f"{where}, tensor {name}")
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, in row-major order and little-endian, without a copy where it is contiguous on the CPU."""
+    import torch
+
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+class TensorFileWriter:
+    """Writes one safetensors file as a stream; afterwards `record` holds its size and digest.
+
+    >>> with TensorFileWriter(path, specs) as writer:
+    ...     for spec in specs:
+    ...         writer.write(spec.name, tensor)
+
+    Tensors come in the order of `specs`, in the dtype and shape announced; anything else is a ValueError, as is an end
+    before the last one. The file is fsynced when the block ends well.
+    """
+
+    def __init__(self, path: Path, specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
+        self.path = path
+        self.record: FileRecord | None = None
+        self._specs = list(specs)
+        self._next = 0
+        self._hasher = hashlib.sha256()
+        self._size = 0
+        header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+        offset = 0
+        for spec in self._specs:
+            if spec.name in header:
+                raise ValueError(f"tensor {spec.name} twice")
+            end = offset + spec.nbytes
+            header[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [offset, end]}
+            offset = end
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # readers map the tensors: keep them aligned
+        self._file = path.open("xb")
+        self._put(len(text).to_bytes(8, "little") + text)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._hasher.update(data)
+        self._size += len(data)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write the next tensor, which must be the next spec."""
+        expected = self._specs[self._next] if self._next < len(self._specs) else None
+        if spec_of(name, tensor) != expected:
+            raise ValueError(f"expected {expected}, got {spec_of(name, tensor)}")
+        self._put(tensor_bytes(tensor))
+        self._next += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._file:
+            if kind is None:
+                if self._next != len(self._specs):
+                    raise ValueError(f"{self.path}: {len(self._specs) - self._next} tensors were never written")
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        if kind is None:
+            self.record = FileRecord(self.path.name, self._size, "sha256:" + self._hasher.hexdigest())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> FileRecord:
+    """Write a safetensors file of `tensors`, in sorted order (so that equal tensors give equal bytes), fsynced."""
+    specs = [spec_of(name, tensors[name]) for name in sorted(tensors)]
+    with TensorFileWriter(path, specs, metadata) as writer:
+        for spec in specs:
+            writer.write(spec.name, tensors[spec.name])
+    assert writer.record is not None
+    return writer.record
+
+
+def read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
+    """One tensor of a file, into memory of its own."""
+    import torch
+
+    buffer = bytearray(entry.end - entry.begin)
+    with path.open("rb") as file:
+        file.seek(entry.begin)
+        if file.readinto(buffer) != len(buffer):
+            raise DamageError("truncated", where=f"{path}, tensor {entry.name}")
+    dtype = torch_dtype(entry.dtype)
+    if not buffer:
+        return torch.empty(entry.shape, dtype=dtype)
+    return torch.frombuffer(buffer, dtype=dtype).reshape(entry.shape)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a file by name, each in memory of its own."""
+    entries, _ = read_header(path)
+    return {name: read_tensor(path, entry) for name, entry in entries.items()}

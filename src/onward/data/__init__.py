@@ -1,0 +1,1 @@
+"""What a stage is trained on: readers, chat formatting and masks, images, order, collation."""

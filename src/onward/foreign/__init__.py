@@ -1,0 +1,1 @@
+"""Other tools' layouts: recognise and describe, one file each."""

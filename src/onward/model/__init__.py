@@ -1,0 +1,1 @@
+"""What is trained: families and their modules, loading, adapters, groups."""

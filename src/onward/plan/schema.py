@@ -1,0 +1,177 @@
+"""The plan as typed values. Keys follow Hugging Face's vocabulary where it has one.
+
+A plan file may share values between stages under `defaults`; `Plan` is what is left after that: every stage whole.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors; values are not changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Train(Strict):
+    """How one module (or the parameters that a pattern matches) learns."""
+
+    mode: Literal["full", "lora", "frozen"] = Field(description="all weights, LoRA adapters, or nothing")
+    learning_rate: NotNegative | None = Field(None, description="instead of the stage's")
+    learning_rate_scale: NotNegative | None = Field(None, description="times the stage's learning_rate")
+    weight_decay: NotNegative | None = Field(None, description="instead of the optimizer's")
+    rank: Count = Field(16, description="LoRA: rank")
+    alpha: Positive | None = Field(None, description="LoRA: scale is alpha / rank; default twice the rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="LoRA: dropout before A")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="LoRA: layers by the last parts of their names (q_proj, …), or every linear layer"
+    )
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> Train:
+        if self.learning_rate is not None and self.learning_rate_scale is not None:
+            raise ValueError("give learning_rate or learning_rate_scale, not both")
+        if self.mode != "lora" and (given := self.model_fields_set & {"rank", "alpha", "dropout", "targets"}):
+            raise ValueError(f"{', '.join(sorted(given))}: only with mode: lora")
+        return self
+
+
+class Source(Strict):
+    """One data file."""
+
+    path: str = Field(description="JSON lines; relative to the plan file")
+    repeat: Positive = Field(1.0, description="times an epoch; a fraction is a seeded subset, another one each epoch")
+    augment: str | None = Field(
+        None, description="module:function of yours, called with (sample, random.Random), returning the sample"
+    )
+
+
+class Optimizer(Strict):
+    """AdamW, after Loshchilov & Hutter (2019); `weight_decay` spares norms and biases."""
+
+    name: Literal["adamw"] = "adamw"
+    weight_decay: NotNegative = 0.01
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    eps: Positive = 1e-8
+
+
+class Schedule(Strict):
+    """The learning rate over a stage: a warm-up from zero, then constant, or down to zero at the stage's end."""
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Schedule:
+        if self.warmup_ratio is not None and self.warmup_steps is not None:
+            raise ValueError("give warmup_ratio or warmup_steps, not both")
+        return self
+
+
+class Evaluate(Strict):
+    """Measured at the stage's start and end, and every so many steps between."""
+
+    data: tuple[Source, ...]
+    metrics: tuple[Literal["loss", "token_accuracy", "exact_match"], ...] = ("loss",)
+    every: Count | None = Field(None, description="steps")
+    limit: Count | None = Field(None, description="use the first so many samples")
+    max_new_tokens: Count = Field(64, description="exact_match: longest answer that is generated")
+
+
+class Output(Strict):
+    """What the stage hands on."""
+
+    form: Literal["merged", "adapters"] = "merged"
+    from_: Literal["last", "best"] = Field("last", alias="from", description="best: by the first metric of evaluate")
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Shared(Strict):
+    """What a stage can set for itself or take from `defaults`."""
+
+    batch_size: Count = Field(16, description="samples a step, over all ranks")
+    micro_batch_size: Count | Literal["auto"] = Field("auto", description="samples at once on one device")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="type of computation; what trains is kept in fp32")
+    max_length: Count = Field(2048, description="tokens a sample")
+    overlong: Literal["error", "drop", "truncate"] = Field("error", description="a sample of more than max_length tokens")
+    on_bad_sample: Literal["stop", "skip"] = Field("stop", description="a sample that cannot be read")
+    loss_on: Literal["assistant", "last", "all"] = Field("assistant", description="which turns are learnt")
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="data-loader processes")
+    learning_rate: NotNegative = 1e-4
+    optimizer: Optimizer = Optimizer()
+    max_grad_norm: Positive | None = Field(1.0, description="over all parameters and the whole step; null: no clipping")
+    schedule: Schedule = Schedule()
+    evaluate: Evaluate | None = None
+    output: Output = Output()
+
+
+class Stage(Shared):
+    """One phase of training."""
+
+    name: Name
+    train: dict[str, Train] = Field(min_length=1, description="module or pattern over parameter names → how it learns")
+    data: tuple[Source, ...] = Field(min_length=1)
+    epochs: Count | None = None
+    steps: Count | None = None
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Stage:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give epochs or steps")
+        return self
+
+
+class Keep(Strict):
+    """Which checkpoints stay."""
+
+    last: Count = 2
+    best: Annotated[int, Field(ge=0)] = Field(0, description="by the first metric of evaluate")
+    every: Count | None = Field(None, description="and every so many steps for good")
+
+
+class CheckpointPlan(Strict):
+    """When checkpoints are written, beside the one at each stage's end."""
+
+    every: Count = Field(100, description="steps")
+    keep: Keep = Keep()
+
+
+class Engine(Strict):
+    """How a step runs on hardware."""
+
+    name: Literal["single"] = "single"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Count | None = Field(None, description="CPU threads; default all of this process's cores")
+
+
+class Plan(Strict):
+    """A whole plan, defaults applied."""
+
+    model: str = Field(description="a directory, or a hub id")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    deterministic: bool = True
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    checkpoint: CheckpointPlan = CheckpointPlan()
+    engine: Engine = Engine()
+
+    @model_validator(mode="after")
+    def _names_once(self) -> Plan:
+        names = [stage.name for stage in self.stages]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"stage names must differ: {', '.join(sorted(twice))}")
+        return self
+
+
+class PlanFile(Plan):
+    """A plan file as written: a plan whose stages may leave out what `defaults` gives. For the JSON Schema."""
+
+    defaults: Shared = Shared()

@@ -1,0 +1,1 @@
+"""One stage: the loop, the optimizer, the schedule, metrics, monitors."""
