@@ -17,7 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from onward.errors import DamageError
+from onward.errors import DamageError, InputError
+from onward.files import CHUNK
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +107,9 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
         raise DamageError("damaged, or not safetensors: its header is not JSON", where=where) from None
     if not isinstance(header, dict):
         raise DamageError("damaged, or not safetensors: its header is not an object", where=where)
-    metadata = header.pop("__metadata__", None) or {}
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise DamageError("its header's metadata is not what the format allows", where=where)
     base = 8 + length
     entries = sorted((_entry(name, raw, base, where) for name, raw in header.items()), key=lambda e: (e.begin, e.end))
     position = base
@@ -133,7 +136,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
     flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 class TensorFileWriter:
@@ -174,10 +177,29 @@ class TensorFileWriter:
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write the next tensor, which must be the next spec."""
-        expected = self._specs[self._next] if self._next < len(self._specs) else None
-        if spec_of(name, tensor) != expected:
-            raise ValueError(f"expected {expected}, got {spec_of(name, tensor)}")
+        self._expect(spec_of(name, tensor))
         self._put(tensor_bytes(tensor))
+
+    def copy(self, path: Path, entry: TensorEntry) -> None:
+        """Write the next tensor with the bytes that it has in another file, without looking at them."""
+        self._expect(TensorSpec(entry.name, entry.dtype, entry.shape))
+        left = entry.end - entry.begin
+        try:
+            with path.open("rb") as source:
+                source.seek(entry.begin)
+                while left:
+                    chunk = source.read(min(left, CHUNK))
+                    if not chunk:
+                        raise DamageError("truncated", where=f"{path}, tensor {entry.name}")
+                    self._put(chunk)
+                    left -= len(chunk)
+        except OSError as error:
+            raise InputError(f"copying tensor {entry.name} failed ({error})", where=str(path)) from None
+
+    def _expect(self, spec: TensorSpec) -> None:
+        expected = self._specs[self._next] if self._next < len(self._specs) else None
+        if spec != expected:
+            raise ValueError(f"expected {expected}, got {spec}")
         self._next += 1
 
     def __enter__(self) -> Self:
@@ -196,7 +218,9 @@ class TensorFileWriter:
             self.record = FileRecord(self.path.name, self._size, "sha256:" + self._hasher.hexdigest())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> FileRecord:
+def write_tensors(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> FileRecord:
     """Write a safetensors file of `tensors`, in sorted order (so that equal tensors give equal bytes), fsynced."""
     specs = [spec_of(name, tensors[name]) for name in sorted(tensors)]
     with TensorFileWriter(path, specs, metadata) as writer:
@@ -211,10 +235,14 @@ def read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
     import torch
 
     buffer = bytearray(entry.end - entry.begin)
-    with path.open("rb") as file:
-        file.seek(entry.begin)
-        if file.readinto(buffer) != len(buffer):
-            raise DamageError("truncated", where=f"{path}, tensor {entry.name}")
+    where = f"{path}, tensor {entry.name}"
+    try:
+        with path.open("rb") as file:
+            file.seek(entry.begin)
+            if file.readinto(buffer) != len(buffer):
+                raise DamageError("truncated", where=where)
+    except OSError as error:
+        raise DamageError(f"cannot be read ({error.strerror})", where=where) from None
     dtype = torch_dtype(entry.dtype)
     if not buffer:
         return torch.empty(entry.shape, dtype=dtype)

@@ -5,14 +5,15 @@ A plan file may share values between stages under `defaults`; `Plan` is what is 
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+LORA_KEYS = ("rank", "alpha", "dropout", "targets")
 
 
 class Strict(BaseModel):
@@ -39,9 +40,15 @@ class Train(Strict):
     def _one_rate(self) -> Train:
         if self.learning_rate is not None and self.learning_rate_scale is not None:
             raise ValueError("give learning_rate or learning_rate_scale, not both")
-        if self.mode != "lora" and (given := self.model_fields_set & {"rank", "alpha", "dropout", "targets"}):
-            raise ValueError(f"{', '.join(sorted(given))}: only with mode: lora")
+        if self.mode != "lora" and (given := [key for key in LORA_KEYS if key in self.model_fields_set]):
+            raise ValueError(f"{', '.join(given)}: only with mode: lora")
         return self
+
+    @model_serializer(mode="wrap")
+    def _what_applies(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without LoRA's keys in another mode: what is written must read back."""
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if self.mode == "lora" or key not in LORA_KEYS}
 
 
 class Source(Strict):
@@ -73,15 +80,15 @@ class Schedule(Strict):
     @model_validator(mode="after")
     def _one_warmup(self) -> Schedule:
         if self.warmup_ratio is not None and self.warmup_steps is not None:
-            raise ValueError("give warmup_ratio or warmup_steps, not both")
+            raise ValueError("give warmup_ratio or warmup_steps, not both (null clears one)")
         return self
 
 
 class Evaluate(Strict):
     """Measured at the stage's start and end, and every so many steps between."""
 
-    data: tuple[Source, ...]
-    metrics: tuple[Literal["loss", "token_accuracy", "exact_match"], ...] = ("loss",)
+    data: tuple[Source, ...] = Field(min_length=1)
+    metrics: tuple[Literal["loss", "token_accuracy", "exact_match"], ...] = Field(("loss",), min_length=1)
     every: Count | None = Field(None, description="steps")
     limit: Count | None = Field(None, description="use the first so many samples")
     max_new_tokens: Count = Field(64, description="exact_match: longest answer that is generated")
@@ -102,7 +109,9 @@ class Shared(Strict):
     micro_batch_size: Count | Literal["auto"] = Field("auto", description="samples at once on one device")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="type of computation; what trains is kept in fp32")
     max_length: Count = Field(2048, description="tokens a sample")
-    overlong: Literal["error", "drop", "truncate"] = Field("error", description="a sample of more than max_length tokens")
+    overlong: Literal["error", "drop", "truncate"] = Field(
+        "error", description="a sample of more than max_length tokens"
+    )
     on_bad_sample: Literal["stop", "skip"] = Field("stop", description="a sample that cannot be read")
     loss_on: Literal["assistant", "last", "all"] = Field("assistant", description="which turns are learnt")
     workers: Annotated[int, Field(ge=0)] = Field(0, description="data-loader processes")
@@ -125,8 +134,10 @@ class Stage(Shared):
 
     @model_validator(mode="after")
     def _one_length(self) -> Stage:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give epochs or steps")
+        if self.epochs is None and self.steps is None:
+            raise ValueError("its length is missing: give epochs or steps")
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both (null clears one)")
         return self
 
 

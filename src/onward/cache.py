@@ -1,0 +1,48 @@
+"""What was once computed about a file, remembered by path, size, mtime and inode. Safe to delete, to damage, to kill.
+
+Under ONWARD_CACHE, else $XDG_CACHE_HOME/onward, else ~/.cache/onward. Where that cannot be written, nothing is remembered.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from onward.files import canonical_json, digest_bytes, digest_file, write_durably
+
+
+def cache_directory() -> Path:
+    """Where remembered results lie."""
+    if chosen := os.environ.get("ONWARD_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onward"
+
+
+def file_identity(path: Path) -> list[str | int]:
+    """What must stay the same for a remembered result to hold: absolute path, size, mtime in ns, inode."""
+    stat = path.stat()
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+
+def remembered(kind: str, key: object, compute: Callable[[], bytes]) -> bytes:
+    """`compute()`, or what it gave the last time for this kind and key. Entries carry a digest and are not believed without."""
+    path = cache_directory() / kind / digest_bytes(canonical_json(key)).removeprefix("sha256:")
+    try:
+        digest, _, value = path.read_bytes().partition(b"\n")
+        if digest.decode(errors="replace") == digest_bytes(value):
+            return value
+    except OSError:
+        pass
+    value = compute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(path, digest_bytes(value).encode() + b"\n" + value)
+    except OSError:
+        pass  # a read-only home or a full disk costs time the next time, nothing else
+    return value
+
+
+def cached_digest(path: Path) -> str:
+    """`digest_file`, remembered."""
+    return remembered("digests", file_identity(path), lambda: digest_file(path).encode()).decode()

@@ -1,0 +1,164 @@
+"""Reading checkpoints. Nothing of one is handed out before every file has the size and digest of its manifest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from onward.checkpoint.manifest import MANIFEST, Manifest, TensorRecord, read_manifest
+from onward.checkpoint.save import ADAPTER, ADAPTER_CONFIG, PROGRESS, WEIGHT, Adapter
+from onward.checkpoint.tensorfile import TensorEntry, read_header, read_tensor, torch_dtype
+from onward.checkpoint.verify import problems_of
+from onward.errors import DamageError, InputError, OnwardError, Refused
+from onward.files import read_json
+
+if TYPE_CHECKING:
+    import torch
+
+Name = TypeVar("Name", bound="str | tuple[str, str]")
+
+
+class StoredTensors(Mapping[Name, "torch.Tensor"]):
+    """Tensors of a checkpoint by name, each read from disk when it is asked for, into memory of its own.
+
+    Good while the checkpoint's directory is there: `dict(tensors)` keeps them all.
+    """
+
+    def __init__(self, directory: Path, records: Mapping[Name, TensorRecord]) -> None:
+        self._directory = directory
+        self._records = records
+        self._headers: dict[str, dict[str, TensorEntry]] = {}
+
+    def __getitem__(self, name: Name) -> torch.Tensor:
+        import torch
+
+        record = self._records[name]
+        parts = [(part, self._read(part.file, part.key)) for part in record.slices]
+        if len(parts) == 1:
+            return parts[0][1]
+        whole = torch.empty(record.shape, dtype=torch_dtype(record.dtype))
+        for part, values in parts:
+            place = tuple(slice(begin, begin + size) for begin, size in zip(part.offset, part.shape, strict=True))
+            whole[place] = values
+        return whole
+
+    def _read(self, file: str, key: str) -> torch.Tensor:
+        path = self._directory / file
+        if file not in self._headers:
+            self._headers[file] = read_header(path)[0]
+        return read_tensor(path, self._headers[file][key])
+
+    def __iter__(self) -> Iterator[Name]:
+        return iter(self._records)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint. Its tensors are read when they are asked for."""
+
+    directory: Path
+    manifest: Manifest
+
+    def weights(self) -> StoredTensors[str]:
+        """Parameters trained in full, by canonical name."""
+        return self._stored({tensor.name: tensor for tensor in self.manifest.tensors if tensor.slot == WEIGHT})
+
+    def adapter(self) -> Adapter | None:
+        """The LoRA adapter, tensors by PEFT key; None where the stage trains none."""
+        if all(record.path != ADAPTER_CONFIG for record in self.manifest.files):
+            return None
+        tensors = {tensor.name: tensor for tensor in self.manifest.tensors if tensor.slot == ADAPTER}
+        return Adapter(read_json(self.directory / ADAPTER_CONFIG), self._stored(tensors))
+
+    def optimizer(self) -> StoredTensors[tuple[str, str]]:
+        """The optimizer's state by (parameter, slot)."""
+        state = {(t.name, t.slot): t for t in self.manifest.tensors if t.slot not in (WEIGHT, ADAPTER)}
+        return self._stored(state)
+
+    @cached_property
+    def progress(self) -> dict[str, Any]:
+        value: dict[str, Any] = read_json(self.directory / PROGRESS)
+        return value
+
+    def _stored(self, records: Mapping[Name, TensorRecord]) -> StoredTensors[Name]:
+        return StoredTensors(self.directory, records)
+
+
+def open_checkpoint(directory: Path, run_id: str | None = None, stage: str | None = None) -> Checkpoint:
+    """The checkpoint in `directory`, after every byte of it was verified.
+
+    DamageError names the file (and the tensor) that is missing or altered; Refused when it is another run's or another
+    stage's than the one that is asked for; InputError when it is an output, or written by a newer onward.
+    """
+    manifest = read_manifest(directory)
+    _check_identity(directory, manifest, run_id, stage)
+    for problem in problems_of(directory, manifest):
+        raise DamageError(problem.reason, where=str(problem.path), hint=f"onward verify {directory} lists all damage")
+    return Checkpoint(directory, manifest)
+
+
+def _check_identity(directory: Path, manifest: Manifest, run_id: str | None, stage: str | None) -> None:
+    if manifest.kind != "checkpoint":
+        raise InputError("is a stage's output, not a checkpoint", where=str(directory))
+    if run_id is not None and manifest.run_id != run_id:
+        raise Refused(f"belongs to another run ({manifest.run_id}, not {run_id})", where=str(directory))
+    if stage is not None and manifest.stage != stage:
+        raise Refused(f"belongs to another stage ({manifest.stage}, not {stage})", where=str(directory))
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A directory that could not be used, and why."""
+
+    path: Path
+    reason: str
+
+
+def newest_verified(checkpoints: Path, run_id: str, stage: str | None = None) -> tuple[Checkpoint | None, list[Damage]]:
+    """The newest checkpoint of this run (and stage) that verifies, and what was passed over on the way to it.
+
+    What a directory is, its manifest says, not its name. Directories without a manifest are no checkpoints; they are
+    reported only where they have a checkpoint's name. Older ones than the one returned are not read.
+    """
+    found, passed = _scan(checkpoints)
+    for directory, manifest in reversed(found):
+        try:
+            _check_identity(directory, manifest, run_id, stage)
+        except OnwardError as error:
+            passed.append(Damage(directory, error.message))
+            continue
+        problem = next(problems_of(directory, manifest), None)
+        if problem is None:
+            return Checkpoint(directory, manifest), passed
+        passed.append(Damage(problem.path, problem.reason))
+    return None, passed
+
+
+def list_checkpoints(checkpoints: Path) -> list[tuple[Path, Manifest]]:
+    """Every directory with a checkpoint's readable manifest, the newest step last. Cheap: no other file is read."""
+    return _scan(checkpoints)[0]
+
+
+def _scan(checkpoints: Path) -> tuple[list[tuple[Path, Manifest]], list[Damage]]:
+    """By (step, name): of two for one step, the one that was to replace the other has the longer name, and wins."""
+    found: list[tuple[Path, Manifest]] = []
+    unreadable: list[Damage] = []
+    for path in sorted(checkpoints.iterdir()) if checkpoints.is_dir() else ():
+        if path.name.startswith(".") or not path.is_dir():
+            continue
+        if not (path / MANIFEST).exists():
+            if re.fullmatch(r"step-\d+(-[0-9a-f]+)?", path.name):
+                unreadable.append(Damage(path, f"has no {MANIFEST}"))
+            continue
+        try:
+            found.append((path, read_manifest(path)))
+        except OnwardError as error:
+            unreadable.append(Damage(path / MANIFEST, error.message))
+    return sorted(found, key=lambda item: (item[1].step, item[0].name)), unreadable

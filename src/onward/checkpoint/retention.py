@@ -1,0 +1,50 @@
+"""Which checkpoints go: only this run's, only what a verified newer one supersedes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+
+from onward.checkpoint.read import list_checkpoints
+from onward.checkpoint.removal import belongs_to, discard
+from onward.checkpoint.verify import problems_of
+from onward.files import PARTIAL
+
+
+def retire(
+    checkpoints: Path,
+    run_id: str,
+    keep_last: int,
+    keep_every: int | None,
+    best_steps: Collection[int] = (),
+    pinned: Collection[int] = (),
+    stage: str | None = None,
+) -> list[Path]:
+    """Delete what need not stay, and return it: checkpoints that are not among the last `keep_last`, at a multiple of
+    `keep_every`, best or pinned; and what crashed saves of this run have left. Call it while no save is in flight.
+
+    The last are counted from the newest that verifies now; what is newer and damaged stays, as evidence. When none
+    verifies, none is deleted.
+    """
+    kept: set[int] = set()
+    removed = []
+    for path, manifest in reversed(list_checkpoints(checkpoints)):
+        own = manifest.run_id == run_id and stage in (None, manifest.stage) and manifest.kind == "checkpoint"
+        if not own or path.is_symlink():
+            continue
+        step = manifest.step
+        if not kept:
+            if next(problems_of(path, manifest), None) is None:
+                kept.add(step)
+        elif step not in kept and (
+            len(kept) < keep_last or step in best_steps or step in pinned or (keep_every and step % keep_every == 0)
+        ):
+            kept.add(step)
+        else:
+            discard(path)
+            removed.append(path)
+    for path in sorted(checkpoints.glob(f"{PARTIAL}*")):
+        if belongs_to(path, run_id):
+            discard(path)
+            removed.append(path)
+    return removed

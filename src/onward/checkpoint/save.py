@@ -1,0 +1,172 @@
+"""Writing a checkpoint: all of it durably under another name, the manifest last, then one rename."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onward.checkpoint.manifest import (
+    Manifest,
+    Slice,
+    TensorRecord,
+    read_manifest,
+    write_file,
+    write_manifest,
+)
+from onward.checkpoint.removal import belongs_to, claim, discard, release, set_aside
+from onward.checkpoint.tensorfile import FileRecord, spec_of, write_tensors
+from onward.checkpoint.verify import problems_of
+from onward.errors import OnwardError, Refused
+from onward.files import PARTIAL, committed_directory, fsync_directory, require_space
+
+if TYPE_CHECKING:
+    import torch
+
+WEIGHT, ADAPTER = "weight", "adapter"
+ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS, OPTIMIZER, PROGRESS = "weights-00000.safetensors", "optimizer-00000.safetensors", "progress.json"
+DAMAGED = ".damaged-"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter: PEFT's adapter_config.json, and its tensors by PEFT key (`base_model.model.….lora_A.weight`)."""
+
+    config: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that is needed to continue exactly. Tensors may be the live ones: saving only reads them.
+
+    `weights`: parameters trained in full, by canonical name. `optimizer`: by (parameter, slot), where the parameter is
+    a canonical name or a PEFT key. `progress`: JSON values; so is `environment`.
+    """
+
+    run_id: str
+    stage: str
+    step: int
+    samples_seen: int
+    base: str
+    names: Mapping[str, Any]
+    weights: Mapping[str, torch.Tensor]
+    adapter: Adapter | None
+    optimizer: Mapping[tuple[str, str], torch.Tensor]
+    optimizer_name: str
+    progress: Mapping[str, Any]
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+
+def snapshot_bytes(snapshot: Snapshot) -> int:
+    """What the checkpoint will take on disk, at most: tensors, their headers and records, JSON."""
+    tensors = [*snapshot.weights.values(), *snapshot.optimizer.values()]
+    values = [snapshot.progress, snapshot.environment]
+    if snapshot.adapter is not None:
+        tensors += snapshot.adapter.tensors.values()
+        values.append(snapshot.adapter.config)
+    return sum(t.numel() * t.element_size() + 2048 for t in tensors) + sum(len(_json(v)) for v in values) + 65536
+
+
+def save_checkpoint(snapshot: Snapshot, directory: Path) -> Manifest:
+    """Commit a checkpoint as `directory` (…/checkpoints/step-000100); afterwards it is durable and whole.
+
+    When `directory` is there already, because the run crashed later and came to this step again, it stays if it
+    verifies and holds the same; else the new one takes its place. InputError when the disk has too little space,
+    Refused when `directory` is another run's; in both cases nothing is changed.
+    """
+    require_space(directory.parent, snapshot_bytes(snapshot), f"the checkpoint of step {snapshot.step}")
+    if not os.path.lexists(directory):
+        return _commit(snapshot, directory)
+    old = _verified(directory)
+    if old is not None and old.run_id != snapshot.run_id:
+        raise Refused(
+            f"holds a checkpoint of another run ({old.run_id})",
+            where=str(directory),
+            hint="give this run a directory of its own: onward run PLAN --run DIR",
+        )
+    replacement = directory.with_name(f"{directory.name}-{secrets.token_hex(4)}")
+    new = _commit(snapshot, replacement)
+    if old is not None and old.content() == new.content():
+        discard(replacement)
+        return old
+    _replace(directory, replacement, snapshot.run_id)
+    return new
+
+
+def _commit(snapshot: Snapshot, directory: Path) -> Manifest:
+    with committed_directory(directory) as partial:
+        claim(partial, snapshot.run_id)
+        manifest = _write(snapshot, partial)
+        write_manifest(partial, manifest)
+        release(partial)
+    return manifest
+
+
+def _verified(directory: Path) -> Manifest | None:
+    try:
+        manifest = read_manifest(directory)
+    except OnwardError:
+        return None
+    return manifest if next(problems_of(directory, manifest), None) is None else None
+
+
+def _replace(directory: Path, replacement: Path, run_id: str) -> None:
+    """Put `replacement`, which is committed and which readers prefer already, in the place of `directory`.
+
+    At every moment a reader finds it under one of the two names. What is in its place is deleted if the run wrote it.
+    """
+    ours = belongs_to(directory, run_id)
+    aside = set_aside(directory, PARTIAL if ours else DAMAGED)
+    replacement.rename(directory)
+    fsync_directory(directory.parent)
+    if ours:
+        discard(aside)
+
+
+def _write(snapshot: Snapshot, partial: Path) -> Manifest:
+    """All files but the manifest. An adapter lies as PEFT wants it, so that PEFT loads the directory as it is."""
+    files = [write_file(partial / PROGRESS, _json(snapshot.progress))]
+    tensors: list[TensorRecord] = []
+
+    def put(file: str, slots: Mapping[tuple[str, str], str], values: Mapping[str, torch.Tensor]) -> FileRecord:
+        """Write `values` by key, and record each under its (name, slot)."""
+        for (name, slot), key in slots.items():
+            spec = spec_of(key, values[key])
+            place = Slice(file, key, offset=(0,) * len(spec.shape), shape=spec.shape)
+            tensors.append(TensorRecord(name, slot, spec.dtype, spec.shape, (place,)))
+        return write_tensors(partial / file, values, {"format": "pt"})
+
+    if snapshot.adapter is not None:
+        adapter = snapshot.adapter.tensors
+        files.append(write_file(partial / ADAPTER_CONFIG, _json(snapshot.adapter.config)))
+        files.append(put(ADAPTER_TENSORS, {(name, ADAPTER): name for name in sorted(adapter)}, adapter))
+    if snapshot.weights:
+        weights = snapshot.weights
+        files.append(put(WEIGHTS, {(name, WEIGHT): name for name in sorted(weights)}, weights))
+    if snapshot.optimizer:
+        keys = {(name, slot): f"{name}/{slot}" for name, slot in sorted(snapshot.optimizer)}
+        state = {key: snapshot.optimizer[place] for place, key in keys.items()}
+        files.append(put(OPTIMIZER, keys, state))
+    return Manifest(
+        kind="checkpoint",
+        run_id=snapshot.run_id,
+        stage=snapshot.stage,
+        step=snapshot.step,
+        samples_seen=snapshot.samples_seen,
+        base=snapshot.base,
+        names=dict(snapshot.names),
+        files=tuple(files),
+        tensors=tuple(tensors),
+        optimizer=snapshot.optimizer_name,
+        environment=dict(snapshot.environment),
+    )
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

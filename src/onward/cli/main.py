@@ -1,0 +1,89 @@
+"""The `onward` command: parse, call, and say what went wrong in a few lines.
+
+Nothing heavy is imported here: `onward --help` and a mistyped command answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from onward import __version__
+from onward.cli import check, look, models, run
+from onward.cli.parser import Parser
+from onward.errors import Interrupted, OnwardError, PlanError
+
+ABOUT = """\
+Fine-tune language and vision-language models in stages, and never lose a run.
+
+The same command starts a run and continues it after any interruption, exactly where it was:
+
+  onward check plan.yaml
+  onward run plan.yaml
+"""
+EXIT_STATUS = """\
+exit status: 0 done · 1 failed check or verification · 2 wrong usage or plan · 3 refused to continue ·
+75 interrupted and saved: the same command continues"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _command(words)
+    except OnwardError as error:
+        return _report(error, as_json="--json" in words)
+    except KeyboardInterrupt:
+        return _report(Interrupted("interrupted"), as_json="--json" in words)
+    except BrokenPipeError:  # the reader of our output has gone; keep Python from saying so on exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a directory that may not be written, a full disk
+        where = str(error.filename) if error.filename else None
+        return _report(OnwardError(error.strerror or str(error), where=where), as_json="--json" in words)
+
+
+def _command(words: list[str]) -> int:
+    parser = Parser(prog="onward", description=ABOUT, epilog=EXIT_STATUS)
+    parser.add_argument("--version", action="version", version=f"onward {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    for group in (run, check, look, models):
+        group.add_commands(commands)
+    if not words:
+        parser.print_help(sys.stderr)
+        return 2
+    if not words[0].startswith("-") and words[0] not in commands.choices:
+        near = difflib.get_close_matches(words[0], list(commands.choices), n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the commands are {', '.join(commands.choices)}"
+        raise PlanError(f"unknown command {words[0]}; {hint}", where="command line")
+    try:
+        arguments, rest = parser.parse_known_args(words)
+    except SystemExit as end:  # --help and --version
+        return int(end.code or 0)
+    for word in rest:  # argparse takes no further KEY=VALUE once an option stood between
+        if word.startswith("-") or "overrides" not in arguments:
+            commands.choices[arguments.command].unknown(word)
+        arguments.overrides = [*arguments.overrides, word]
+    status: int = arguments.call(arguments)
+    return status
+
+
+def _report(error: OnwardError, *, as_json: bool) -> int:
+    if as_json:
+        details = {
+            "kind": type(error).__name__,
+            "message": error.message,
+            "where": error.where,
+            "hint": error.hint,
+            "exit_status": error.exit_status,
+        }
+        print(json.dumps({"error": details}, ensure_ascii=False))
+    label = "interrupted" if isinstance(error, Interrupted) else "error"
+    if "\n" in error.message and not error.where and not error.hint:  # a list of mistakes
+        print(f"{label}:", *error.message.splitlines(), sep="\n  ", file=sys.stderr)
+    else:
+        print(f"{label}: {error}", file=sys.stderr)
+    return error.exit_status

@@ -1,0 +1,63 @@
+"""onward merge, onward evaluate: what is done with a model outside a run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from onward.cli.output import show
+from onward.cli.parser import Commands, add_command, add_json
+
+
+def add_commands(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "merge",
+        merge,
+        "fold adapters into their base model, in bounded memory",
+        "onward merge runs/plan/stages/1-sft/checkpoints/step-000100 --out merged",
+    )
+    parser.add_argument("adapter", metavar="ADAPTER", help="a PEFT LoRA directory (an onward checkpoint is one)")
+    parser.add_argument("--base", metavar="B", help="the base model's directory (default: the one the adapter names)")
+    parser.add_argument("--out", metavar="DIR", required=True, help="a directory that does not exist yet")
+    add_json(parser)
+
+    parser = add_command(
+        commands,
+        "evaluate",
+        evaluate,
+        "measure a model on data",
+        "onward evaluate runs/plan/stages/1-sft/output --data heldout.jsonl --metric exact_match",
+    )
+    parser.add_argument("model", metavar="MODEL", help="a model directory")
+    parser.add_argument("--data", metavar="FILE", action="append", required=True, help="JSON lines; may be given again")
+    parser.add_argument("--metric", metavar="NAME", action="append", help="loss (default), token_accuracy, exact_match")
+    parser.add_argument("--limit", metavar="N", type=int, help="use the first N samples")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="longest answer for exact_match")
+    add_json(parser)
+
+
+def merge(arguments: argparse.Namespace) -> int:
+    from onward.weights.merge import merge_adapter
+
+    base = Path(arguments.base) if arguments.base else None
+    show(merge_adapter(Path(arguments.adapter), base, Path(arguments.out)), as_json=arguments.json)
+    return 0
+
+
+def evaluate(arguments: argparse.Namespace) -> int:
+    from onward.evaluate.command import evaluate_model
+
+    values = evaluate_model(
+        Path(arguments.model),
+        [Path(path) for path in arguments.data],
+        arguments.metric or ["loss"],
+        limit=arguments.limit,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    if arguments.json:
+        print(json.dumps(values))
+    else:
+        print("\n".join(f"{name}: {value:.6g}" for name, value in values.items()))
+    return 0

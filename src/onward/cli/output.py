@@ -1,0 +1,23 @@
+"""How a report is printed: lines for people, or one JSON object."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+
+class Report(Protocol):
+    """What every command's result can do."""
+
+    def lines(self) -> Iterable[str]: ...
+
+    def to_json(self) -> dict[str, Any]: ...
+
+
+def show(report: Report, *, as_json: bool) -> None:
+    """Print a report on stdout."""
+    if as_json:
+        print(json.dumps(report.to_json(), ensure_ascii=False))
+    else:
+        print("\n".join(report.lines()))

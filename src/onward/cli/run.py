@@ -1,0 +1,51 @@
+"""onward run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from onward.cli.parser import Commands, add_command, add_json, add_plan
+
+
+def add_commands(commands: Commands) -> None:
+    parser = add_command(
+        commands,
+        "run",
+        run,
+        "start a run, or continue what is there; there is no resume flag",
+        "onward run plan.yaml stages.sft.epochs=3 --run runs/first",
+    )
+    add_plan(parser)
+    parser.add_argument("--run", metavar="DIR", help="the run's directory (default: runs/<the plan's name>)")
+    parser.add_argument("--until", metavar="STAGE", help="stop when this stage is finished")
+    parser.add_argument(
+        "--accept",
+        metavar="KEY",
+        action="append",
+        default=[],
+        help="take on a change of this key (or of the environment) from this step on; may be given again",
+    )
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from onward.cli.view import View
+    from onward.plan.load import load_plan
+    from onward.plan.lock import read_lock
+
+    plan = Path(arguments.plan)
+    directory = Path(arguments.run) if arguments.run else Path("runs") / plan.stem
+    lock = directory / "plan.lock.json"
+    standing = read_lock(lock).overrides if lock.is_file() else {}
+    loaded = load_plan(plan, arguments.overrides, standing)
+
+    from onward.run.walk import run_plan
+
+    with View.of_process(as_json=arguments.json) as view:
+        result = run_plan(loaded, directory, until=arguments.until, accept=arguments.accept, view=view)
+    if arguments.json:
+        print(json.dumps(dataclasses.asdict(result), ensure_ascii=False, default=str))
+    return 0

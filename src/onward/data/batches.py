@@ -1,0 +1,200 @@
+"""The batches of steps: each a function of its step number, whoever makes it.
+
+A data-loader worker makes whole steps, and every draw is a function of the sample's place, so any number of workers
+gives the same batches in the same order, and the first batch of a continued run costs what any batch costs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from onward.data.augment import augmented
+from onward.data.encode import Encoder
+from onward.data.order import Draw, Epochs
+from onward.data.prepare import StageData
+from onward.data.samples import BadSample, Encoded
+from onward.errors import InputError, OnwardError
+from onward.randomness import derive
+
+IGNORED = -100
+"""The label of a token that is no target."""
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """What one step sees. `position`: of its first sample in the epoch. `tokens` without padding.
+
+    A micro-batch has `input_ids`, `attention_mask`, `labels` (int64 [samples, longest], padded on the right) and the
+    image processor's arrays, those of all its samples one after another. `inputs` is a digest of what the samples
+    hold, whatever the micro-batches. `skipped`: (sample id, reason) of samples that only now were found to be
+    unreadable.
+    """
+
+    step: int
+    epoch: int
+    position: int
+    sample_ids: list[str]
+    micro_batches: list[dict[str, torch.Tensor]]
+    tokens: int
+    target_tokens: int
+    inputs: str
+    skipped: list[tuple[str, str]]
+
+
+def collate(samples: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
+    """The samples as one micro-batch."""
+    shape = (len(samples), max(len(sample.input_ids) for sample in samples))
+    input_ids = np.full(shape, pad_id, np.int64)
+    attention_mask = np.zeros(shape, np.int64)
+    labels = np.full(shape, IGNORED, np.int64)
+    for i, sample in enumerate(samples):
+        n = len(sample.input_ids)
+        input_ids[i, :n] = sample.input_ids
+        attention_mask[i, :n] = 1
+        labels[i, :n][sample.trained] = sample.input_ids[sample.trained]
+    arrays: dict[str, np.ndarray] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    for name in sorted({name for sample in samples for name in sample.images}):
+        arrays[name] = np.concatenate([sample.images[name] for sample in samples if name in sample.images])
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def digest_samples(samples: Sequence[Encoded]) -> str:
+    """`sha256:<hex>` over ids, tokens, targets and pixels."""
+    hasher = hashlib.sha256()
+    for sample in samples:
+        hasher.update(f"{sample.sample_id}\0{len(sample.input_ids)}\0".encode())
+        hasher.update(sample.input_ids.tobytes() + sample.trained.tobytes())
+        for name, array in sorted(sample.images.items()):
+            hasher.update(f"{name}\0{array.dtype}\0{array.shape}\0".encode())
+            hasher.update(np.ascontiguousarray(array).data)
+    return "sha256:" + hasher.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Steps(Dataset[StepBatch | OnwardError]):
+    """Steps `first` to `last` by number from 0. An error is an item too: so it comes out of a worker as it is."""
+
+    data: StageData
+    encoder: Encoder
+    epochs: Epochs
+    micro_batch_size: int
+    seed: int
+    stage: str
+    first: int
+    last: int
+
+    def __len__(self) -> int:
+        return max(0, self.last - self.first + 1)
+
+    def __getitem__(self, number: int) -> StepBatch | OnwardError:
+        step = self.first + number
+        place = self.epochs.place(step)
+        positions = np.arange(place.position, place.position + place.count)
+        try:
+            draws = self.data.draws(place.epoch, positions, seed=self.seed, stage=self.stage)
+            samples, skipped = _samples(self.data, self.encoder, draws, (self.seed, self.stage, place.epoch))
+        except OnwardError as error:
+            return error
+        return _batch(step, place.epoch, place.position, samples, skipped, self.micro_batch_size, self.encoder.pad_id)
+
+
+def step_batches(
+    data: StageData,
+    encoder: Encoder,
+    *,
+    batch_size: int,
+    micro_batch_size: int,
+    seed: int,
+    stage: str,
+    first_step: int,
+    last_step: int,
+    workers: int,
+) -> Iterator[StepBatch]:
+    """The batches of steps `first_step` to `last_step` (both included, from 1), made by `workers` processes, 0 for
+    none.
+
+    InputError when a sample cannot be used and `on_bad_sample` is "stop"; DamageError when a file has changed.
+    """
+    epochs = Epochs(data.samples_per_epoch, batch_size)
+    steps = _Steps(data, encoder, epochs, micro_batch_size, seed, stage, first_step, last_step)
+    loader: DataLoader[StepBatch | OnwardError] = DataLoader(
+        steps,
+        batch_size=None,
+        num_workers=workers,
+        worker_init_fn=_start_worker if workers else None,
+        generator=torch.Generator(),  # else it would draw from the global one
+    )
+    for batch in loader:
+        if isinstance(batch, OnwardError):
+            raise batch
+        yield batch
+
+
+def eval_batches(data: StageData, encoder: Encoder, batch_size: int, limit: int | None = None) -> Iterator[StepBatch]:
+    """Every usable row once, or the first `limit`: sources and rows in order, no repeats, no augmentation.
+
+    Each batch is one micro-batch. Errors as in `step_batches`.
+    """
+    draws = [Draw(i, row, 0) for i, source in enumerate(data.sources) for row in range(len(source.used))][:limit]
+    for position in range(0, len(draws), batch_size):
+        samples, skipped = _samples(data, encoder, draws[position : position + batch_size], None)
+        yield _batch(position // batch_size + 1, 0, position, samples, skipped, batch_size, encoder.pad_id)
+
+
+def _samples(
+    data: StageData, encoder: Encoder, draws: Sequence[Draw], chance: tuple[int, str, int] | None
+) -> tuple[list[Encoded], list[tuple[str, str]]]:
+    """The drawn samples and what had to be skipped. `chance`: seed, stage and epoch of augmentations; None for none."""
+    samples, skipped = [], []
+    for draw in draws:
+        source = data.sources[draw.source]
+        origin = data.origin(draw)
+        try:
+            row = data.row(draw)
+            if source.augment is not None and chance is not None:
+                seed, stage, epoch = chance
+                number = derive(seed, stage, "augment", epoch, draw.source, int(source.used[draw.row]), draw.occurrence)
+                row = augmented(row, source.augment, number, origin)
+            samples.append(encoder.encode(row, origin))
+        except BadSample as error:
+            if data.on_bad_sample == "stop":
+                hint = "repair it, or set on_bad_sample: skip, which leaves it out and lists it"
+                raise InputError(error.reason, where=error.where, hint=hint) from None
+            skipped.append((error.sample_id, error.reason))
+    return samples, skipped
+
+
+def _batch(
+    step: int,
+    epoch: int,
+    position: int,
+    samples: list[Encoded],
+    skipped: list[tuple[str, str]],
+    micro_batch_size: int,
+    pad_id: int,
+) -> StepBatch:
+    parts = [samples[begin : begin + micro_batch_size] for begin in range(0, len(samples), micro_batch_size)]
+    return StepBatch(
+        step,
+        epoch,
+        position,
+        [sample.sample_id for sample in samples],
+        [collate(part, pad_id) for part in parts],
+        sum(len(sample.input_ids) for sample in samples),
+        sum(int(sample.trained.sum()) for sample in samples),
+        digest_samples(samples),
+        skipped,
+    )
+
+
+def _start_worker(_: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+    os.setpgid(0, 0)  # Ctrl-C and signals to the whole group are the main process's to answer

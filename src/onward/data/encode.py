@@ -1,0 +1,209 @@
+"""Rows to tokens: the encoder of one model, with one set of options."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onward.data.chat import LossOn, Rendered, render, render_prompt
+from onward.data.images import expand_placeholders, image_size, load_image
+from onward.data.rows import Conversation, before_last_turn, read_conversation
+from onward.data.samples import BadSample, Encoded, Origin, bad
+from onward.data.template import ChatTemplate, load_template
+from onward.errors import InputError
+from onward.files import canonical_json, digest_bytes, digest_file
+
+__all__ = ["BadSample", "Encoded", "Encoder", "Options", "Origin", "Prompt", "load_encoder"]
+
+Overlong = Literal["error", "drop", "truncate"]
+ENCODING = 1
+"""Changes when the same files and options begin to give other tokens."""
+FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken",
+    "chat_template*", "additional_chat_templates/*", "processor_config.json", "preprocessor_config.json",
+)  # fmt: skip
+"""What of a model directory decides about tokens."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The plan's words about encoding: `max_length` in tokens."""
+
+    max_length: int
+    overlong: Overlong
+    loss_on: LossOn
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A sample to be answered: `inputs` end with the generation prompt, `answer` is the text that the data has."""
+
+    inputs: Encoded
+    answer: str
+
+
+class Encoder:
+    """Rows of `{"messages": …}` to tokens and targets, for one model. Can be sent to other processes."""
+
+    def __init__(
+        self, tokenizer: Any, processor: Any | None, template: ChatTemplate, options: Options, fingerprint: str
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.processor = processor
+        self.template = template
+        self.options = options
+        self.fingerprint = fingerprint
+        self._image_token: str | None = None if processor is None else processor.image_token
+        self._image_id: int | None = (
+            None if processor is None else tokenizer.convert_tokens_to_ids(processor.image_token)
+        )
+
+    @property
+    def pad_id(self) -> int:
+        """What fills a row up; attention never sees it."""
+        tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return int(next(token for token in tokens if token is not None))
+
+    def encode(self, row: Mapping[str, Any], origin: Origin) -> Encoded:
+        """The sample of a row, images decoded. BadSample when it cannot be used."""
+        conversation = self._conversation(row, origin)
+        rendered = render(conversation, self.template, self.options.loss_on, origin)
+        images, replacements = self._pixels(conversation, origin)
+        ids, trained = self._tokens(self._expand(rendered, replacements, origin), origin)
+        return Encoded(origin.sample_id, ids, trained, images)
+
+    def measure(self, row: Mapping[str, Any], origin: Origin) -> tuple[int, int]:
+        """How many tokens and how many targets `encode` will give; image files are not decoded. BadSample likewise."""
+        conversation = self._conversation(row, origin)
+        rendered = render(conversation, self.template, self.options.loss_on, origin)
+        replacements = []
+        if conversation.images:
+            sizes = [image_size(image, origin) for image in conversation.images]
+            counts = self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]  # type: ignore[union-attr]
+            replacements = [str(self._image_token) * count for count in counts]
+        ids, trained = self._tokens(self._expand(rendered, replacements, origin), origin)
+        return len(ids), int(trained.sum())
+
+    def prompt(self, row: Mapping[str, Any], origin: Origin) -> Prompt:
+        """The row up to its last assistant turn, for generation; not cut to max_length. BadSample when it has none."""
+        asked, answer = before_last_turn(self._conversation(row, origin), origin)
+        images, replacements = self._pixels(asked, origin)
+        rendered = self._expand(render_prompt(asked, self.template, origin), replacements, origin)
+        ids, trained = self._tokenize(rendered, origin)
+        return Prompt(Encoded(origin.sample_id, ids, trained, images), answer)
+
+    def image_files(self, row: Mapping[str, Any], origin: Origin) -> list[Path]:
+        """The image files of a row. BadSample when it is no conversation."""
+        return [image for image in read_conversation(row, origin).images if isinstance(image, Path)]
+
+    def _conversation(self, row: Mapping[str, Any], origin: Origin) -> Conversation:
+        conversation = read_conversation(row, origin)
+        if conversation.images and (self.processor is None or not self.template.parts):
+            raise bad(origin, "an image, but this model takes none")
+        if self._image_token is not None and any(self._image_token in text for text in conversation.texts()):
+            raise bad(
+                origin,
+                f"a text contains {self._image_token}, which stands for an image in this model: "
+                'write images as parts {"type": "image", "path": …}',
+            )
+        return conversation
+
+    def _pixels(self, conversation: Conversation, origin: Origin) -> tuple[dict[str, NDArray[np.generic]], list[str]]:
+        """The image processor's arrays, and what stands in the text for each image."""
+        if not conversation.images:
+            return {}, []
+        processor: Any = self.processor
+        images = [load_image(image, origin) for image in conversation.images]
+        try:
+            inputs = processor.image_processor(images, return_tensors="np")
+        except (ValueError, TypeError, ZeroDivisionError) as error:  # one pixel wide, say
+            raise bad(origin, f"the image processor refuses an image: {error}") from None
+        replacements = [processor.replace_image_token(inputs, image_idx=i) for i in range(len(images))]
+        return {name: np.ascontiguousarray(inputs[name]) for name in inputs}, replacements
+
+    def _expand(self, rendered: Rendered, replacements: Sequence[str], origin: Origin) -> Rendered:
+        if self._image_token is None:
+            return rendered
+        return expand_placeholders(rendered, self._image_token, replacements, origin)
+
+    def _tokenize(self, rendered: Rendered, origin: Origin) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Token ids, and which begin inside a trained span; never the first, which nothing predicts, nor an image's."""
+        try:
+            rendered.text.encode()
+        except UnicodeEncodeError:
+            raise bad(origin, "half of a surrogate pair in a text: not Unicode") from None
+        encoding = self.tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = np.array(encoding["input_ids"], dtype=np.int64)
+        begins = np.fromiter((begin for begin, _ in encoding["offset_mapping"]), dtype=np.int64, count=len(ids))
+        trained = np.zeros(len(ids), dtype=np.bool_)
+        for begin, end in rendered.trained:
+            trained |= (begins >= begin) & (begins < end)
+        trained[:1] = False
+        if self._image_id is not None:
+            trained &= ids != self._image_id
+        return ids, trained
+
+    def _tokens(self, rendered: Rendered, origin: Origin) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """`_tokenize`, with what the options say about length. BadSample when too much or nothing is left."""
+        ids, trained = self._tokenize(rendered, origin)
+        limit = self.options.max_length
+        if len(ids) > limit:
+            if self.options.overlong != "truncate":
+                reason = f"{len(ids)} tokens, max_length is {limit}"
+                raise BadSample(origin.sample_id, reason, origin.where, overlong=True)
+            if self._image_id is not None and (ids[limit:] == self._image_id).any():
+                raise bad(origin, f"cut to max_length {limit} it would lose tokens of an image")
+            ids, trained = ids[:limit], trained[:limit]
+        if not trained.any():
+            raise bad(
+                origin,
+                f"nothing to learn is left in its first {limit} tokens" if len(ids) == limit else "nothing to learn",
+            )
+        return ids, trained
+
+
+def load_encoder(model_dir: Path, *, max_length: int, overlong: Overlong, loss_on: LossOn, date: str) -> Encoder:
+    """The encoder of a model directory; its processor where it has one. `date` (ISO) is what a template that prints
+    one gets.
+
+    InputError when the directory has no fast tokenizer or no chat template, or asks for code of its own.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time; and processes are forked later
+    from transformers import AutoProcessor, AutoTokenizer
+
+    where = str(model_dir)
+    has_processor = any((model_dir / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
+        processor = None
+        if has_processor:
+            processor = AutoProcessor.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
+            tokenizer = processor.tokenizer
+    except Exception as error:  # transformers raises a dozen kinds for a missing or foreign file
+        raise InputError(f"its tokenizer or processor cannot be loaded ({error})", where=where) from error
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"{type(tokenizer).__name__} is not a fast tokenizer: it does not say where its tokens stand in the text",
+            where=where,
+            hint="add the model's tokenizer.json",
+        )
+    template = load_template(tokenizer, processor, date, where)
+    options = Options(max_length, overlong, loss_on)
+    files = sorted({path for pattern in FILES for path in model_dir.glob(pattern) if path.is_file()})
+    fingerprint = digest_bytes(
+        canonical_json(
+            {
+                "encoding": ENCODING,
+                "files": {path.relative_to(model_dir).as_posix(): digest_file(path) for path in files},
+                "options": [max_length, overlong, loss_on],
+                "date": date if template.prints_date else None,
+            }
+        )
+    )
+    return Encoder(tokenizer, processor, template, options, fingerprint)

@@ -1,0 +1,236 @@
+"""A stage's data, made ready: every row of every source measured once, so that what is bad is known before training."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onward.cache import remembered
+from onward.data.augment import find_augment
+from onward.data.encode import Encoder
+from onward.data.jsonl import JsonlFile
+from onward.data.order import Draw, Indices, Mix
+from onward.data.samples import BadSample, Origin
+from onward.errors import InputError
+from onward.files import canonical_json, digest_bytes
+
+SHOWN = 5
+"""Bad samples that a message lists one by one."""
+REPORT_EVERY = 5.0
+"""Seconds between two lines of progress."""
+
+
+@dataclass(frozen=True)
+class ResolvedSource:
+    """A source of the plan, its path resolved. `augment`: "module:function" or None."""
+
+    path: Path
+    repeat: float = 1.0
+    augment: str | None = None
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """An opened source. `used` int64 [n]: the file's usable rows by number; `tokens`, `targets` int32 [n]: theirs."""
+
+    file: JsonlFile
+    used: NDArray[np.int64]
+    tokens: NDArray[np.int32]
+    targets: NDArray[np.int32]
+    repeat: float
+    augment: str | None
+
+
+@dataclass(frozen=True)
+class StageData:
+    """What a stage trains on. `fingerprint`: the files' content, image names and sizes, repeats, rows used.
+
+    `skipped`: (sample id, reason) of what is left out. Counts of tokens are those before any augmentation.
+    """
+
+    sources: tuple[SourceRows, ...]
+    fingerprint: str
+    skipped: tuple[tuple[str, str], ...]
+    on_bad_sample: Literal["stop", "skip"]
+
+    @property
+    def mix(self) -> Mix:
+        return Mix(tuple(len(source.used) for source in self.sources), tuple(source.repeat for source in self.sources))
+
+    @property
+    def rows(self) -> int:
+        """Usable rows, each counted once."""
+        return sum(self.mix.rows)
+
+    @property
+    def samples_per_epoch(self) -> int:
+        return self.mix.samples_per_epoch
+
+    @property
+    def tokens_per_epoch(self) -> int:
+        """Expected, where a fraction of a source is drawn."""
+        return round(sum(source.repeat * int(source.tokens.sum(dtype=np.int64)) for source in self.sources))
+
+    @property
+    def targets_per_epoch(self) -> int:
+        """Expected, where a fraction of a source is drawn."""
+        return round(sum(source.repeat * int(source.targets.sum(dtype=np.int64)) for source in self.sources))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return max(int(source.tokens.max()) for source in self.sources)
+
+    def draws(self, epoch: int, positions: Indices, *, seed: int, stage: str) -> list[Draw]:
+        """Which samples stand at `positions` of an epoch (from 0)."""
+        return self.mix.draws(epoch, positions, seed=seed, stage=stage, fingerprint=self.fingerprint)
+
+    def origin(self, draw: Draw) -> Origin:
+        """Where a drawn sample stands."""
+        source = self.sources[draw.source]
+        return source.file.origin(int(source.used[draw.row]))
+
+    def row(self, draw: Draw) -> dict[str, Any]:
+        """The row of a drawn sample."""
+        source = self.sources[draw.source]
+        return source.file.row(int(source.used[draw.row]))
+
+
+def prepare(
+    sources: Sequence[ResolvedSource],
+    encoder: Encoder,
+    *,
+    on_bad_sample: Literal["stop", "skip"],
+    progress: Callable[[str], None] = lambda line: None,
+) -> StageData:
+    """Open the sources and measure every row; what was measured before is remembered. `progress` gets lines of text.
+
+    InputError that lists the first bad samples, unless `on_bad_sample` is "skip" (or a sample is only too long and
+    `overlong` is "drop"): then they are left out and listed. PlanError when a file or an augment function is missing.
+    """
+    labels = _labels([source.path for source in sources])
+    files = {path: JsonlFile(path, label) for path, label in labels.items()}
+    opened, skipped, fatal, identities = [], {}, {}, []
+    for source in sources:
+        if source.augment is not None:
+            find_augment(source.augment)
+        file = files[source.path]
+        media = _media(file, encoder)
+        tokens, targets, bad_rows = _measured(file, encoder, media, progress)
+        for row, reason, overlong in bad_rows:
+            origin = file.origin(row)
+            if encoder.options.overlong == "drop" if overlong else on_bad_sample == "skip":
+                skipped[origin.sample_id] = reason
+            else:
+                fatal[origin.where] = reason
+        used = np.flatnonzero(tokens)
+        if Mix((len(used),), (source.repeat,)).samples_per_epoch == 0 and not fatal:
+            left = f", {len(file)} are bad" if len(file) else ""
+            raise InputError(
+                f"gives no samples: {len(used)} usable rows{left}, repeat is {source.repeat:g}", where=str(source.path)
+            )
+        opened.append(SourceRows(file, used, tokens[used], targets[used], source.repeat, source.augment))
+        identities.append(
+            {
+                "content": file.digest,
+                "media": [[name, size] for name, size, _ in media],
+                "repeat": source.repeat,
+                "rows": digest_bytes(used.astype("<i8").tobytes()),
+            }
+        )
+    if fatal:
+        raise _cannot_be_used(fatal, encoder)
+    return StageData(tuple(opened), digest_bytes(canonical_json(identities)), tuple(skipped.items()), on_bad_sample)
+
+
+def _cannot_be_used(reasons: dict[str, str], encoder: Encoder) -> InputError:
+    lines = [f"\n  {where}: {reason}" for where, reason in list(reasons.items())[:SHOWN]]
+    more = f"\n  and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
+    hint = "repair them, or set on_bad_sample: skip, which leaves them out and lists them"
+    if encoder.options.overlong == "error":
+        hint += "; for what is too long, raise max_length or set overlong: drop or truncate"
+    return InputError(f"{len(reasons)} samples cannot be used{''.join(lines)}{more}", hint=hint)
+
+
+def _labels(paths: Sequence[Path]) -> dict[Path, str]:
+    """The shortest ends of the paths that tell them apart: what sample ids begin with."""
+    distinct = list(dict.fromkeys(paths))
+    depth, labels = 0, [""]
+    while depth == 0 or (len(set(labels)) < len(distinct) and depth < max(len(path.parts) for path in distinct)):
+        depth += 1
+        labels = ["/".join(path.parts[-depth:]) for path in distinct]
+    return dict(zip(distinct, labels, strict=True))
+
+
+def _media(file: JsonlFile, encoder: Encoder) -> list[tuple[str, int, int]]:
+    """Name, size and mtime in ns (-1 where it is missing) of every image that the file's rows name, sorted."""
+    if encoder.processor is None:
+        return []
+    folder = file.path.parent
+
+    def names() -> bytes:
+        found: set[str] = set()
+        for i, row in file.rows():
+            if isinstance(row, dict):
+                try:
+                    found |= {os.path.relpath(path, folder) for path in encoder.image_files(row, file.origin(i))}
+                except BadSample:
+                    continue  # measuring tells
+        return canonical_json(sorted(found))
+
+    listing = []
+    for name in json.loads(remembered("media", [1, file.digest, str(folder.resolve())], names)):
+        try:
+            stat = (folder / name).stat()
+            listing.append((name, stat.st_size, stat.st_mtime_ns))
+        except OSError:
+            listing.append((name, -1, -1))
+    return listing
+
+
+def _measured(
+    file: JsonlFile, encoder: Encoder, media: list[tuple[str, int, int]], progress: Callable[[str], None]
+) -> tuple[NDArray[np.int32], NDArray[np.int32], list[tuple[int, str, bool]]]:
+    """Tokens and targets of each row (0 for a bad one), and the bad ones: row, reason, whether it is only too long."""
+
+    def measure() -> bytes:
+        tokens, targets = np.zeros(len(file), np.int32), np.zeros(len(file), np.int32)
+        bad_rows: list[tuple[int, str, bool]] = []
+        last_report = time.monotonic()
+        for i, row in file.rows():
+            try:
+                if isinstance(row, BadSample):
+                    raise row
+                tokens[i], targets[i] = encoder.measure(row, file.origin(i))
+            except BadSample as error:
+                bad_rows.append((i, error.reason, error.overlong))
+            if time.monotonic() - last_report > REPORT_EVERY:
+                last_report = time.monotonic()
+                progress(f"{file.label}: {i + 1:,} of {len(file):,} rows measured")
+        packed = io.BytesIO()
+        np.savez(packed, tokens=tokens, targets=targets, bad=np.frombuffer(canonical_json(bad_rows), np.uint8))
+        return packed.getvalue()
+
+    # The path is in the key because the reasons name it.
+    libraries = [version("transformers"), version("tokenizers"), version("pillow")]
+    key = [
+        1,
+        file.digest,
+        str(file.path.resolve()),
+        encoder.fingerprint,
+        libraries,
+        digest_bytes(canonical_json(media)),
+    ]
+    with np.load(io.BytesIO(remembered("measures", key, measure)), allow_pickle=False) as arrays:
+        bad_rows = [(row, reason, overlong) for row, reason, overlong in json.loads(arrays["bad"].tobytes())]
+        return arrays["tokens"], arrays["targets"], bad_rows

@@ -1,0 +1,78 @@
+"""A model directory as it lies on disk: its configuration, its tensors' headers, its fingerprint. Without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onward.cache import cached_digest
+from onward.checkpoint.tensorfile import TensorEntry
+from onward.errors import PlanError
+from onward.files import canonical_json, digest_bytes, read_json
+from onward.model.families import Family, find_family
+from onward.weights.shards import model_shards
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "processor_config.json",
+    "preprocessor_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelDirectory:
+    """What can be known without torch. `tensors` maps canonical names to entries, `disk_names` to names in the files."""
+
+    path: Path
+    config: Mapping[str, Any]
+    family: Family
+    files: tuple[str, ...]
+    tensors: Mapping[str, TensorEntry]
+    disk_names: Mapping[str, str]
+
+    @property
+    def tied(self) -> bool:
+        """Is the head the embedding? It is where the files have no head, or the configuration says so."""
+        text = self.config.get("text_config")
+        inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
+        said = self.config.get("tie_word_embeddings", inner)
+        return bool(said) or not any(name.startswith("lm_head.") for name in self.tensors)
+
+    def parameters(self) -> dict[str, TensorEntry]:
+        """Canonical name → entry of every parameter, a tied head left out: it is the embedding's."""
+        return {name: entry for name, entry in self.tensors.items() if not (self.tied and name.startswith("lm_head."))}
+
+
+def open_model_directory(directory: Path) -> ModelDirectory:
+    """Read the configuration and every header.
+
+    PlanError when it is no model directory; DamageError for a missing or damaged shard; InputError for weights in
+    another form than safetensors.
+    """
+    if not directory.is_dir():
+        raise PlanError("no such model directory", where=str(directory))
+    if not (directory / "config.json").is_file():
+        raise PlanError("not a model directory: config.json is missing", where=str(directory))
+    config = read_json(directory / "config.json")
+    family = find_family(config, str(directory / "config.json"))
+    shards = model_shards(directory)
+    entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
+    disk_names = family.canonical_names(entries, str(directory))
+    tensors = {canonical: entries[disk] for canonical, disk in disk_names.items()}
+    return ModelDirectory(directory, config, family, tuple(s.path.name for s in shards), tensors, disk_names)
+
+
+def fingerprint_model(directory: Path, files: tuple[str, ...]) -> dict[str, str]:
+    """Digests of content: `weights` over the shards, `config`, `tokenizer` over tokenizer, template and processor.
+
+    Every byte is read once; after that the digest is remembered by path, size, mtime and inode.
+    """
+    weights = {name: cached_digest(directory / name) for name in files}
+    tokenizer = {name: cached_digest(directory / name) for name in TOKENIZER_FILES if (directory / name).is_file()}
+    return {
+        "weights": digest_bytes(canonical_json(weights)),
+        "config": cached_digest(directory / "config.json"),
+        "tokenizer": digest_bytes(canonical_json(tokenizer)),
+    }

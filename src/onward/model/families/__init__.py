@@ -1,0 +1,35 @@
+"""Model families: which parameters a module name stands for, and what a directory's tensors are called in memory.
+
+A family is one file with one value; a new one is listed here. What no family knows is trained by patterns alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onward.errors import InputError
+from onward.model.families.decoder import DECODER, OTHER
+from onward.model.families.family import Family
+from onward.model.families.llava import LLAVA
+
+FAMILIES = (DECODER, LLAVA)
+
+__all__ = ["FAMILIES", "Family", "find_family"]
+
+
+def find_family(config: dict[str, Any], where: str) -> Family:
+    """The family of a model directory by the `model_type` of its config.json; a nameless decoder for unknown types.
+
+    InputError for a config without a type and for one that asks for code of its own.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise InputError("has no model_type: is this a model directory?", where=where)
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    if "auto_map" in config:
+        raise InputError(
+            f"model_type {model_type} needs code that comes with the model; onward never runs such code", where=where
+        )
+    return OTHER

@@ -1,0 +1,61 @@
+"""Loading a model for training or measuring: strictly, so that nothing missing is replaced in silence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from onward.errors import DamageError
+from onward.model.directory import ModelDirectory, open_model_directory
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A transformers model and the directory that it came from."""
+
+    model: Any
+    directory: ModelDirectory
+
+
+def load_model(directory: Path, *, precision: str, device: str) -> LoadedModel:
+    """Load a model directory with transformers: weights in fp32, or in bf16 where `precision` and every tensor are bf16.
+
+    DamageError when a tensor is missing, unknown or of another shape, when a parameter in memory is not one of the
+    directory's, and when tensors are tied in memory and not in the configuration, or the other way round.
+    """
+    import transformers
+    from transformers.utils import logging
+
+    opened = open_model_directory(directory)
+    bf16 = precision == "bf16" and all(entry.dtype == "BF16" for entry in opened.tensors.values())
+    logging.disable_progress_bar()
+    model, info = getattr(transformers, opened.family.auto_class).from_pretrained(
+        directory,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        output_loading_info=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info[kind]:
+            first = sorted(str(item) for item in info[kind])[0]
+            raise DamageError(f"{kind.replace('_', ' ')}: {len(info[kind])}, first {first}", where=str(directory))
+    in_memory = {name for name, _ in model.named_parameters()}
+    on_disk = set(opened.parameters())
+    if odd := sorted(in_memory ^ on_disk):
+        place = "in memory" if odd[0] in in_memory else "on disk"
+        raise DamageError(
+            f"{len(odd)} parameters do not correspond between disk and memory, first {odd[0]} (only {place})",
+            where=str(directory),
+            hint="is tie_word_embeddings in config.json what the weights are?",
+        )
+    model.requires_grad_(False)
+    return LoadedModel(model.to(device), opened)
+
+
+def linear_weights(model: Any) -> set[str]:
+    """Canonical names of the weights of all linear layers."""
+    return {f"{name}.weight" for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}

@@ -1,0 +1,171 @@
+"""Who learns how: the plan's `train` table applied to a model's parameter names. No torch, so that `check` is quick."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from onward.errors import PlanError
+from onward.model.families import Family
+from onward.plan.schema import Stage, Train
+
+LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate, a weight decay and the optimizer. LoRA parameters go by their PEFT names."""
+
+    name: str
+    key: str
+    learning_rate: float
+    weight_decay: float
+    parameters: tuple[str, ...]
+    count: int
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """Adapters of one linear layer [rows, columns]: B [rows, rank] @ A [rank, columns] times alpha / rank."""
+
+    layer: str
+    rank: int
+    alpha: float
+    dropout: float
+
+    @property
+    def names(self) -> tuple[str, str]:
+        return f"{PEFT_PREFIX}{self.layer}{LORA_A}", f"{PEFT_PREFIX}{self.layer}{LORA_B}"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """One stage's table: which key of `train` each parameter belongs to (None: frozen), adapters, groups."""
+
+    owner: Mapping[str, str | None]
+    full: tuple[str, ...]
+    lora: tuple[LoraLayer, ...]
+    groups: tuple[Group, ...]
+
+
+def looks_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """A guess from the header alone: a matrix that is not an embedding. The loaded model decides."""
+    return len(shape) == 2 and name.endswith(".weight") and "embed" not in name.rsplit(".", 2)[-2]
+
+
+def select(
+    stage: Stage,
+    family: Family,
+    shapes: Mapping[str, tuple[int, ...]],
+    linear: Collection[str],
+    *,
+    tied: bool,
+    where: Mapping[str, str],
+) -> Selection:
+    """Apply `stage.train` to the parameters `shapes` (canonical name → shape; a tied head left out).
+
+    `linear` are the weights of linear layers; `where` gives the plan's line of each key of `train`, for errors.
+    PlanError for a module that the family has not, a pattern that matches nothing, a parameter that two keys claim
+    equally, LoRA targets that are not there.
+    """
+    owner = _owners(stage.train, family, shapes, tied=tied, where=where)
+    full: list[str] = []
+    lora: list[LoraLayer] = []
+    groups: list[Group] = []
+    for key, train in stage.train.items():
+        mine = [name for name, owned_by in owner.items() if owned_by == key]
+        if train.mode == "full":
+            full += mine
+            groups += _groups(key, stage, train, {name: shapes[name] for name in mine})
+        elif train.mode == "lora":
+            layers = _lora_layers(train, mine, linear, where[key])
+            lora += layers
+            sizes: dict[str, tuple[int, ...]] = {}
+            for layer in layers:
+                rows, columns = shapes[layer.layer + ".weight"]
+                sizes.update(zip(layer.names, ((train.rank, columns), (rows, train.rank)), strict=True))
+            groups += _groups(key, stage, train, sizes)
+    if not groups:
+        raise PlanError("nothing is trained: every module is frozen", where=next(iter(where.values()), None))
+    return Selection(owner, tuple(full), tuple(lora), tuple(groups))
+
+
+def _owners(
+    train: Mapping[str, Train], family: Family, names: Iterable[str], *, tied: bool, where: Mapping[str, str]
+) -> dict[str, str | None]:
+    """Each parameter's key: patterns before modules; among equals the longest match."""
+    modules = {key: family.modules[key] for key in train if key in family.modules}
+    if tied and "lm_head" in modules:
+        raise PlanError(
+            "lm_head is tied to embed_tokens in this model: they are one tensor",
+            where=where["lm_head"],
+            hint="name embed_tokens instead: it trains both",
+        )
+    patterns: dict[str, re.Pattern[str]] = {}
+    for key in train:
+        if key not in modules:
+            try:
+                patterns[key] = re.compile(key)
+            except re.error as error:
+                raise PlanError(
+                    f"is no module of this model, and no regular expression ({error})", where=where[key]
+                ) from None
+    owner: dict[str, str | None] = {}
+    for name in names:
+        claims = [(len(match[0]), key) for key, pattern in patterns.items() if (match := pattern.search(name))]
+        claims = claims or [
+            (len(prefix), key) for key, prefixes in modules.items() for prefix in prefixes if name.startswith(prefix)
+        ]
+        best = max(claims, default=(0, None), key=lambda claim: claim[0])
+        rivals = [key for length, key in claims if length == best[0] and key != best[1]]
+        if rivals:
+            raise PlanError(f"{name} is claimed by {best[1]} and by {rivals[0]} alike", where=where[rivals[0]])
+        owner[name] = best[1]
+    for key in train:
+        if key not in owner.values():
+            known = ", ".join(family.modules) or "none known for this model; use patterns"
+            raise PlanError(
+                f"{key} matches no parameter of this model",
+                where=where[key],
+                hint=f"modules: {known}; or a pattern over names like {next(iter(owner))}",
+            )
+    return owner
+
+
+def _lora_layers(train: Train, names: list[str], linear: Collection[str], where: str) -> list[LoraLayer]:
+    layers = [name.removesuffix(".weight") for name in names if name in linear]
+    if train.targets != "all-linear":
+        for target in train.targets:
+            if not any(_ends_with(layer, target) for layer in layers):
+                last = sorted({layer.rsplit(".", 1)[-1] for layer in layers})
+                raise PlanError(
+                    f"target {target} matches no linear layer here", where=where, hint=f"there are: {', '.join(last)}"
+                )
+        layers = [layer for layer in layers if any(_ends_with(layer, target) for target in train.targets)]
+    else:  # as PEFT means it: the output layer is not an inner linear layer, unless it was named by itself
+        layers = [layer for layer in layers if layer != "lm_head"] or layers
+    if not layers:
+        raise PlanError("has no linear layer that LoRA could adapt", where=where)
+    alpha = train.alpha if train.alpha is not None else 2.0 * train.rank
+    return [LoraLayer(layer, train.rank, alpha, train.dropout) for layer in layers]
+
+
+def _ends_with(layer: str, target: str) -> bool:
+    return layer == target or layer.endswith("." + target)
+
+
+def _groups(key: str, stage: Stage, train: Train, shapes: Mapping[str, tuple[int, ...]]) -> list[Group]:
+    """One group, or two: norms and biases (everything of one dimension) never decay."""
+    rate = stage.learning_rate * (1.0 if train.learning_rate_scale is None else train.learning_rate_scale)
+    rate = rate if train.learning_rate is None else train.learning_rate
+    decay = stage.optimizer.weight_decay if train.weight_decay is None else train.weight_decay
+    split = [(key, decay, [name for name in shapes if len(shapes[name]) >= 2])]
+    split.append((f"{key}.no_decay", 0.0, [name for name in shapes if len(shapes[name]) < 2]))
+    return [
+        Group(name, key, rate, weight_decay, tuple(members), sum(math.prod(shapes[member]) for member in members))
+        for name, weight_decay, members in split
+        if members
+    ]

@@ -1,0 +1,281 @@
+"""What a change means for a run that exists: the table of the plan's keys, and the judgement over what changed.
+
+| kind | what happens |
+|---|---|
+| free | applied and recorded |
+| forward | a stage that has not begun: applied and recorded |
+| acceptable | refused unless accepted by name; then recorded, from this step on |
+| breaking | refused: another plan is another run |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from onward.errors import PlanError, Refused
+from onward.plan.lock import Kind, plan_values
+from onward.plan.schema import Plan
+from onward.plan.suggest import closest
+
+Tier = Literal["bitwise", "state-exact", "declared", "refused"]
+TIERS: tuple[Tier, ...] = ("bitwise", "state-exact", "declared", "refused")
+FORWARD: tuple[Kind, Tier] = ("forward", "bitwise")
+BREAKING: tuple[Kind, Tier] = ("breaking", "refused")
+
+# Key → (kind, the tier that still holds once it is applied). `*` stands for one stage, module or list index.
+# Paths are free because content decides: `fingerprint_changes` compares what stands there. The engine's device and
+# threads are free because the environment decides: `environment_changes` compares what is really used.
+TABLE: dict[str, tuple[Kind, Tier]] = {
+    "model": ("free", "bitwise"),
+    "seed": BREAKING,
+    "deterministic": ("acceptable", "state-exact"),
+    "checkpoint.every": ("free", "bitwise"),
+    "checkpoint.keep.last": ("free", "bitwise"),
+    "checkpoint.keep.best": ("free", "bitwise"),
+    "checkpoint.keep.every": ("free", "bitwise"),
+    "engine.name": ("free", "state-exact"),
+    "engine.device": ("free", "bitwise"),
+    "engine.threads": ("free", "bitwise"),
+    "stages": BREAKING,
+    "stages.*.train.*": BREAKING,
+    "stages.*.train.*.mode": BREAKING,
+    "stages.*.train.*.learning_rate": ("acceptable", "declared"),
+    "stages.*.train.*.learning_rate_scale": ("acceptable", "declared"),
+    "stages.*.train.*.weight_decay": ("acceptable", "declared"),
+    "stages.*.train.*.rank": BREAKING,
+    "stages.*.train.*.alpha": BREAKING,
+    "stages.*.train.*.dropout": ("acceptable", "declared"),
+    "stages.*.train.*.targets": BREAKING,
+    "stages.*.data": BREAKING,
+    "stages.*.data.*.path": ("free", "bitwise"),
+    "stages.*.data.*.repeat": BREAKING,
+    "stages.*.data.*.augment": BREAKING,
+    "stages.*.epochs": BREAKING,
+    "stages.*.steps": BREAKING,
+    "stages.*.batch_size": BREAKING,
+    "stages.*.micro_batch_size": ("free", "state-exact"),
+    "stages.*.precision": BREAKING,
+    "stages.*.max_length": BREAKING,
+    "stages.*.overlong": BREAKING,
+    "stages.*.on_bad_sample": ("acceptable", "declared"),
+    "stages.*.loss_on": BREAKING,
+    "stages.*.workers": ("free", "bitwise"),
+    "stages.*.learning_rate": ("acceptable", "declared"),
+    "stages.*.optimizer.name": BREAKING,
+    "stages.*.optimizer.weight_decay": ("acceptable", "declared"),
+    "stages.*.optimizer.betas": BREAKING,
+    "stages.*.optimizer.eps": BREAKING,
+    "stages.*.max_grad_norm": ("acceptable", "declared"),
+    "stages.*.schedule.name": BREAKING,
+    "stages.*.schedule.warmup_ratio": BREAKING,
+    "stages.*.schedule.warmup_steps": BREAKING,
+    "stages.*.evaluate": ("acceptable", "declared"),
+    "stages.*.evaluate.data": ("acceptable", "declared"),
+    "stages.*.evaluate.data.*.path": ("free", "bitwise"),
+    "stages.*.evaluate.data.*.repeat": ("acceptable", "declared"),
+    "stages.*.evaluate.data.*.augment": ("acceptable", "declared"),
+    "stages.*.evaluate.metrics": ("acceptable", "declared"),
+    "stages.*.evaluate.every": ("free", "bitwise"),
+    "stages.*.evaluate.limit": ("acceptable", "declared"),
+    "stages.*.evaluate.max_new_tokens": ("acceptable", "declared"),
+    "stages.*.output.form": ("acceptable", "declared"),
+    "stages.*.output.from": ("acceptable", "declared"),
+}
+
+# What is used follows from these keys of the plan: who changed the key has said so already.
+ENVIRONMENT_BY_PLAN = {
+    "environment.engine": "engine.name",
+    "environment.device": "engine.device",
+    "environment.threads": "engine.threads",
+    "environment.deterministic": "deterministic",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key that is no longer what the run was begun (or last continued) with."""
+
+    key: str
+    before: Any
+    after: Any
+    kind: Kind
+    stage: str | None = None
+    holds: Tier = "bitwise"  # the tier once it is applied
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_shown(self.before)} → {_shown(self.after)}"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """Which promise holds after the changes, and why. With `refused` ones none is to be applied."""
+
+    tier: Tier
+    applied: list[Change]
+    refused: list[Change]
+    reasons: list[str]
+
+
+def plan_changes(old: Plan, new: Plan, begun: Collection[str], finished: Collection[str] = frozenset()) -> list[Change]:
+    """What differs between two resolved plans, for a run in which the stages `begun` (by name) have taken a step.
+
+    In stages that have not begun everything is `forward`. In those of `begun` that are `finished` nothing can be
+    accepted any more: what they trained would have to be trained again.
+    """
+    before, after = plan_values(old), plan_values(new)
+    old_stages = {stage["name"]: stage for stage in before.pop("stages")}
+    new_stages = {stage["name"]: stage for stage in after.pop("stages")}
+    changes = [_plan_change(key, was, now, None) for key, was, now in _differences(before, after, ())]
+    changes += _order_change(list(old_stages), list(new_stages), begun)
+    for name in old_stages.keys() & new_stages.keys():
+        for key, was, now in _differences(old_stages[name], new_stages[name], ("stages", name)):
+            change = _plan_change(key, was, now, name)
+            if name not in begun:
+                change = replace(change, kind=FORWARD[0], holds=FORWARD[1])
+            elif name in finished and change.kind == "acceptable":
+                change = replace(change, kind=BREAKING[0], holds=BREAKING[1])
+            changes.append(change)
+    return sorted(changes, key=lambda change: change.key)
+
+
+def environment_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[Change]:
+    """Versions, device, threads, engine, switches: what differs, as acceptable changes `environment.NAME`."""
+    return [
+        Change(f"environment.{name}", old.get(name), new.get(name), "acceptable", None, "state-exact")
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+
+
+def fingerprint_changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], begun: Collection[str] | None = None
+) -> list[Change]:
+    """Content that is no longer the same: breaking changes `content.model`, `content.data.STAGE`, ….
+
+    Two levels: a mapping under a name is by stage. With `begun`, other stages' content is `forward`.
+    """
+    changes = []
+    for name in sorted(old.keys() | new.keys()):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            for stage in sorted(before.keys() | after.keys()):
+                if before.get(stage) != after.get(stage):
+                    is_ahead = begun is not None and stage not in begun
+                    kind, holds = FORWARD if is_ahead else BREAKING
+                    key = f"content.{name}.{stage}"
+                    changes.append(Change(key, before.get(stage), after.get(stage), kind, stage, holds))
+        elif before != after:
+            changes.append(Change(f"content.{name}", before, after, "breaking", None, "refused"))
+    return changes
+
+
+def judge(changes: Sequence[Change], accepted: Collection[str] = ()) -> Judgement:
+    """Which promise holds when `changes` are applied, those acceptable ones only that `accepted` names.
+
+    A name is a whole key (`stages.sft.learning_rate`), the end of one (`learning_rate`: in all stages), or
+    `environment` for all of it. PlanError for a name that no change could ever have.
+    """
+    _check_names(accepted, changes)
+    said = {change.key for change in changes}
+    applied, refused, reasons = [], [], []
+    for change in changes:
+        is_said = ENVIRONMENT_BY_PLAN.get(change.key) in said
+        if change.kind in ("free", "forward") or is_said:
+            applied.append(change)
+            why = "this stage has not begun" if change.kind == "forward" else "free to change"
+            reasons.append(f"{change} ({'follows from the plan' if is_said else why})")
+        elif change.kind == "acceptable" and any(_names(name, change.key) for name in accepted):
+            applied.append(change)
+            reasons.append(f"{change} (accepted, from this step on)")
+        else:
+            refused.append(change)
+            needs = (
+                f"needs --accept {_accept_name(change)}" if change.kind == "acceptable" else "makes another run of it"
+            )
+            reasons.append(f"{change} ({needs})")
+    tier: Tier = max((change.holds for change in applied), key=TIERS.index, default="bitwise")
+    return Judgement("refused" if refused else tier, applied, refused, reasons or ["same plan, same environment"])
+
+
+def refusal(judgement: Judgement, command: str) -> Refused:
+    """The error for a judgement that refuses. `command` is what the user ran (`onward run plan.yaml`)."""
+    breaking = [change for change in judgement.refused if change.kind == "breaking"]
+    names = dict.fromkeys(_accept_name(change) for change in judgement.refused if change.kind == "acceptable")
+    accept = command + "".join(f" --accept {name}" for name in names)
+    if breaking:
+        base = command.partition(" --run ")[0]
+        hint = f"undo the change, or begin another run: {base} --run OTHER_DIR"
+    else:
+        hint = f"undo the change, or go on with it from this step on: {accept}"
+    shown = "\n".join(f"  {change}" for change in judgement.refused)
+    return Refused(f"the run cannot go on as it was; nothing was changed. What differs:\n{shown}", hint=hint)
+
+
+def _differences(old: Any, new: Any, key: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """Leaves that differ: below mappings, and below lists of mappings that are as long as before."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in (*old, *(name for name in new if name not in old)):
+            yield from _differences(old.get(name), new.get(name), (*key, name))
+    elif _are_mappings(old) and _are_mappings(new) and len(old) == len(new):
+        for index, (before, after) in enumerate(zip(old, new, strict=True)):
+            yield from _differences(before, after, (*key, str(index)))
+    elif old != new:
+        yield key, old, new
+
+
+def _are_mappings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
+
+
+def _plan_change(key: tuple[str, ...], before: Any, after: Any, stage: str | None) -> Change:
+    kind, holds = meaning(key)
+    return Change(".".join(key), before, after, kind, stage, holds)
+
+
+def meaning(key: Sequence[str]) -> tuple[Kind, Tier]:
+    """The table's row for a key, given part by part: a module's name may hold dots."""
+    for pattern, row in TABLE.items():
+        parts = pattern.split(".")
+        if len(parts) == len(key) and all(part in ("*", name) for part, name in zip(parts, key, strict=True)):
+            return row
+    raise KeyError(".".join(key))
+
+
+def _order_change(old: list[str], new: list[str], begun: Collection[str]) -> list[Change]:
+    if old == new:
+        return []
+    fixed = max((old.index(name) + 1 for name in begun if name in old), default=0)
+    is_forward = old[:fixed] == new[:fixed]
+    kind, holds = FORWARD if is_forward else BREAKING
+    return [Change("stages", old, new, kind, None, holds)]
+
+
+def _names(name: str, key: str) -> bool:
+    return key == name or key.endswith(f".{name}") or (name == "environment" and key.startswith("environment."))
+
+
+def _accept_name(change: Change) -> str:
+    return "environment" if change.key.startswith("environment.") else change.key.rsplit(".", 1)[-1]
+
+
+def _check_names(accepted: Collection[str], changes: Sequence[Change]) -> None:
+    """A misspelt --accept is an error; one that nothing needs (any more) is not: the same command must work twice."""
+    known = {pattern.rsplit(".", 1)[-1] for pattern in TABLE} - {"*"} | {"environment"}
+    for name in accepted:
+        if (
+            name.rsplit(".", 1)[-1] in known
+            or name.startswith("environment.")
+            or any(_names(name, change.key) for change in changes)
+        ):
+            continue
+        near = closest(name, known)
+        hint = f"did you mean {near}?" if near else "a key of the plan, or environment"
+        raise PlanError(f"no key is called {name}; {hint}", where=f"command line: --accept {name}")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "…"

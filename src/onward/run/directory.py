@@ -1,0 +1,78 @@
+"""Where things lie in a run directory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from onward.errors import Refused
+from onward.files import PARTIAL
+
+LOCK, PLAN, HOLD = "plan.lock.json", "plan.yaml", "run.hold"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of one run; nothing here touches the disk but `state`."""
+
+    path: Path
+
+    @property
+    def lock(self) -> Path:
+        """plan.lock.json: written last when a run begins; a directory without it is no run."""
+        return self.path / LOCK
+
+    @property
+    def plan(self) -> Path:
+        return self.path / PLAN
+
+    @property
+    def hold(self) -> Path:
+        """Names the process that works on this run now."""
+        return self.path / HOLD
+
+    @property
+    def journal(self) -> Path:
+        return self.path / "journal.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def stage(self, names: Sequence[str], name: str) -> Path:
+        """stages/1-align: numbered from 1 in the plan's order."""
+        return self.path / "stages" / f"{list(names).index(name) + 1}-{name}"
+
+    def checkpoints(self, names: Sequence[str], name: str) -> Path:
+        return self.stage(names, name) / "checkpoints"
+
+    def output(self, names: Sequence[str], name: str) -> Path:
+        return self.stage(names, name) / "output"
+
+    def state(self) -> str:
+        """`new` (nothing there, or a beginning cut short) or `run`. Refused for anything else: it is not ours."""
+        if self.lock.is_file():
+            return "run"
+        if not self.path.exists():
+            return "new"
+        if not self.path.is_dir():
+            raise Refused(
+                "is a file, not a run directory", where=str(self.path), hint="name another directory with --run"
+            )
+        strangers = [
+            item.name
+            for item in self.path.iterdir()
+            if item.name not in (PLAN, HOLD) and not item.name.startswith(PARTIAL)
+        ]
+        if strangers:
+            raise Refused(
+                f"is not a run directory ({LOCK} is missing) and not empty ({sorted(strangers)[0]})",
+                where=str(self.path),
+                hint="name another directory with --run; nothing was changed here",
+            )
+        return "new"
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:06d}"

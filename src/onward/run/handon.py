@@ -1,0 +1,142 @@
+"""What a stage hands on: made from its checkpoint, checked against the model that trained, committed at once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onward.checkpoint.manifest import Manifest, describe_files, write_file, write_manifest
+from onward.checkpoint.read import open_checkpoint
+from onward.checkpoint.save import Adapter
+from onward.checkpoint.tensorfile import write_tensors
+from onward.errors import TrainingError
+from onward.files import committed_directory, require_space
+from onward.model.directory import open_model_directory
+from onward.plan.schema import Stage
+from onward.run.directory import checkpoint_name
+from onward.run.environment import threads
+from onward.run.journal import write_event
+from onward.run.outputs import ADAPTER_CONFIG, ADAPTER_TENSORS, Start, as_peft, base_name
+from onward.run.reopen import reopened_logits
+from onward.run.stage import LiveStage, put_in_place
+from onward.weights.merge import merge, merge_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from onward.run.session import Session
+
+# How far the logits of what was handed on may be from those of base + adapters, as a share of the largest logit:
+# fp32 sums in another order; or one rounding of each weight to the base's 16 bits.
+BOUND_FP32, BOUND_16_BIT = 1e-4, 0.05
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage trained, taken out of the model in memory, which is not needed any more. Tensors lie on the CPU.
+
+    `expected`: the live model's logits for `batch`, to which the output is held.
+    """
+
+    plan: Stage
+    start: Start
+    step: int
+    samples: int
+    config: dict[str, Any]
+    adapters: Mapping[str, torch.Tensor]
+    full: Mapping[str, torch.Tensor]
+    batch: Mapping[str, torch.Tensor]
+    expected: torch.Tensor
+
+
+def result_of(session: Session, live: LiveStage) -> Result:
+    """The stage's result: where it ended, or its best checkpoint, put in place first."""
+    from onward.model.adapters import lora_config
+    from onward.model.probe import probe_logits
+
+    stage, training = live.plan, live.training
+    if stage.output.from_ == "best" and training.progress.best:
+        best = live.checkpoints / checkpoint_name(int(training.progress.best["step"]))
+        put_in_place(live, open_checkpoint(best, session.lock.run_id, stage.name))
+    trainable, batch = training.trainable, live.probe_batch()
+    output = session.directory.output(session.resolved.names, stage.name)
+    base = base_name(live.start.base, output, session.directory.path)
+    return Result(
+        plan=stage,
+        start=live.start,
+        step=training.progress.step,
+        samples=training.progress.samples,
+        config=lora_config(trainable.layers, base) if trainable.layers else {},
+        adapters={name: tensor.cpu() for name, tensor in trainable.adapters().items()},
+        full={name: tensor.cpu() for name, tensor in trainable.full().items()},
+        batch=batch,
+        expected=probe_logits(trainable.model, batch, live.engine.autocast()),
+    )
+
+
+def hand_on(session: Session, result: Result) -> None:
+    """Make and commit the stage's output.
+
+    TrainingError, and nothing committed, when a merged output does not give the logits of base + adapters. Adapters are
+    the very tensors that trained: there is nothing to compare.
+    """
+    stage = result.plan
+    output = session.directory.output(session.resolved.names, stage.name)
+    tensors = [*result.adapters.values(), *result.full.values()]
+    is_merged = stage.output.form == "merged"
+    size = merge_bytes(result.start.base) if is_merged else sum(tensor.nbytes for tensor in tensors)
+    require_space(output, size, f"the output of stage {stage.name}")
+    with committed_directory(output) as partial:
+        agreement = {}
+        if is_merged:
+            opened = open_model_directory(result.start.base)
+            adapter = Adapter(result.config, result.adapters) if result.adapters else None
+            to_canonical = opened.family.to_canonical
+            known = merge(opened.path, partial, adapter=adapter, full=result.full, to_canonical=to_canonical).files
+            is_fp32 = stage.precision == "fp32" and all(entry.dtype == "F32" for entry in opened.tensors.values())
+            agreement = _agreement(session, result, partial, BOUND_FP32 if is_fp32 else BOUND_16_BIT)
+        else:
+            config, peft_tensors = as_peft(result.config, result.adapters, result.full)
+            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+            known = (
+                write_file(partial / ADAPTER_CONFIG, text.encode()),
+                write_tensors(partial / ADAPTER_TENSORS, peft_tensors, {"format": "pt"}),
+            )
+        manifest = Manifest(
+            kind="output",
+            run_id=session.lock.run_id,
+            stage=stage.name,
+            step=result.step,
+            samples_seen=result.samples,
+            base=result.start.fingerprint,
+            names=session.names(),
+            files=describe_files(partial, known),
+            environment=session.lock.environment,
+        )
+        write_manifest(partial, manifest)
+    event = {"stage": stage.name, "step": result.step, "form": stage.output.form, **agreement}
+    write_event(session.directory.journal, "output", attempt=session.attempt, **event)
+
+
+def _agreement(session: Session, result: Result, model: Path, share: float) -> dict[str, float]:
+    """Reopen the output in a new process; its logits against those of base + adapters."""
+    plan = session.resolved.loaded.plan
+    again = reopened_logits(
+        model, result.batch, precision=result.plan.precision, device=str(session.device), threads=threads(plan)
+    )
+    bound = share * float(result.expected.abs().max())
+    difference = float((again - result.expected).abs().max())
+    session.view.note(
+        f"stage {result.plan.name}: merged, reopened from disk by a new process: "
+        f"logits differ from base + adapters by {difference:.2g} at most (bound {bound:.2g})"
+    )
+    if not difference <= bound:
+        raise TrainingError(
+            f"the merged model does not give the logits of base + adapters: {difference:.3g} apart, bound {bound:.3g}",
+            where=str(session.directory.stage(session.resolved.names, result.plan.name)),
+            hint="nothing was handed on; the checkpoint is whole",
+        )
+    return {"logit_difference": difference, "logit_bound": bound}

@@ -1,0 +1,153 @@
+"""A plan against its model: what each stage trains, found from headers alone. Whatever is wrong is found here, before it costs time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onward.errors import OnwardError, PlanError
+from onward.model.directory import ModelDirectory, open_model_directory
+from onward.model.selection import LoraLayer, Selection, looks_linear, select
+from onward.plan.load import LoadedPlan
+from onward.plan.schema import Source, Stage
+
+if TYPE_CHECKING:
+    from onward.data.prepare import ResolvedSource
+
+
+@dataclass(frozen=True)
+class ResolvedStage:
+    """A stage with the table of what it trains, as far as headers tell, and its data files."""
+
+    plan: Stage
+    selection: Selection
+    sources: tuple[ResolvedSource, ...]
+    evaluation: tuple[ResolvedSource, ...]
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A plan whose every name was found."""
+
+    loaded: LoadedPlan
+    model: ModelDirectory
+    stages: tuple[ResolvedStage, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(stage.plan.name for stage in self.stages)
+
+
+def resolve(loaded: LoadedPlan) -> Resolved:
+    """Find the model, its parameters, the data. One PlanError with every mistake; InputError or DamageError for the model."""
+    model = open_model_directory(model_directory(loaded))
+    problems: list[str] = []
+    stages = []
+    carried: dict[str, LoraLayer] = {}
+    carried_full: set[str] = set()
+    for number, stage in enumerate(loaded.plan.stages):
+        where = {key: loaded.where("stages", number, "train", key) for key in stage.train}
+        try:
+            selection = select_from(model, stage, where)
+            _fits_what_is_carried(selection, carried, where)
+            if stage.output.form == "merged":
+                carried, carried_full = {}, set()
+            else:
+                carried |= {layer.layer: layer for layer in selection.lora}
+                carried_full |= set(selection.full)
+                _fits_in_an_adapter(carried, carried_full, loaded.where("stages", number, "output"))
+            evaluation = stage.evaluate.data if stage.evaluate else ()
+            sources = tuple(_source(loaded, s, ("stages", number, "data", i)) for i, s in enumerate(stage.data))
+            measured = tuple(
+                _source(loaded, s, ("stages", number, "evaluate", "data", i)) for i, s in enumerate(evaluation)
+            )
+            stages.append(ResolvedStage(stage, selection, sources, measured))
+        except PlanError as error:
+            problems.append(str(error))
+    if problems:
+        raise PlanError("\n".join(problems))
+    return Resolved(loaded, model, tuple(stages))
+
+
+def select_from(model: ModelDirectory, stage: Stage, where: Mapping[str, str]) -> Selection:
+    """A stage's table from a model directory's headers."""
+    shapes = {name: entry.shape for name, entry in model.parameters().items()}
+    linear = {name for name, shape in shapes.items() if looks_linear(name, shape)}
+    return select(stage, model.family, shapes, linear, tied=model.tied, where=where)
+
+
+def model_directory(loaded: LoadedPlan) -> Path:
+    """The directory of the plan's model: one beside the plan or a path of its own, or a hub id's snapshot."""
+    directory = loaded.resolve(loaded.plan.model)
+    if directory.is_dir():
+        return directory
+    if loaded.plan.model.count("/") == 1 and not loaded.plan.model.startswith((".", "/", "~")):
+        return _hub_snapshot(loaded)
+    raise PlanError(f"no such model directory: {directory}", where=loaded.where("model"))
+
+
+def _hub_snapshot(loaded: LoadedPlan) -> Path:
+    from huggingface_hub import snapshot_download
+
+    name = loaded.plan.model
+    try:
+        return Path(
+            snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"])
+        )
+    except OnwardError:
+        raise
+    except Exception as error:  # the hub's library raises a dozen kinds, and requests' own
+        reason = str(error).strip().splitlines()[0]
+        raise PlanError(
+            f"{name} is no directory here, and the hub does not give it ({type(error).__name__}: {reason})",
+            where=loaded.where("model"),
+            hint="give the path of a local copy, or log in and check the connection",
+        ) from None
+
+
+def _source(loaded: LoadedPlan, source: Source, key: tuple[str | int, ...]) -> ResolvedSource:
+    from onward.data.prepare import ResolvedSource
+
+    path = loaded.resolve(source.path)
+    if not path.is_file():
+        raise PlanError(f"no such data file: {path}", where=loaded.where(*key))
+    return ResolvedSource(path, source.repeat, source.augment)
+
+
+def _fits_what_is_carried(selection: Selection, carried: Mapping[str, LoraLayer], where: Mapping[str, str]) -> None:
+    """Adapters handed on unmerged go on as they are: same rank and scale, and no full training under them."""
+    hint = "let the stage before hand on `output: merged`, or keep rank and alpha"
+    for layer in selection.lora:
+        before = carried.get(layer.layer)
+        key = selection.owner[layer.layer + ".weight"]
+        if before and (before.rank, before.alpha) != (layer.rank, layer.alpha) and key:
+            raise PlanError(
+                f"goes on with adapters of rank {before.rank}, alpha {before.alpha:g}; the plan says rank {layer.rank}, alpha {layer.alpha:g}",
+                where=where[key],
+                hint=hint,
+            )
+    for name in selection.full:
+        key = selection.owner[name]
+        if name.removesuffix(".weight") in carried and key:
+            raise PlanError(
+                f"{name} carries adapters of an earlier stage and cannot train in full under them",
+                where=where[key],
+                hint=hint,
+            )
+
+
+def _fits_in_an_adapter(carried: Mapping[str, LoraLayer], full: set[str], where: str) -> None:
+    """A PEFT directory holds a layer as an adapter or as a whole, not both."""
+    for name in sorted(full):
+        if name.removesuffix(".weight") in carried:
+            raise PlanError(
+                f"{name} is trained in full and has adapters: a PEFT directory cannot hold both",
+                where=where,
+                hint="say `output: merged`",
+            )
+    if not carried:
+        raise PlanError(
+            "form: adapters, but no stage up to here trains adapters", where=where, hint="say `output: merged`"
+        )

@@ -1,0 +1,73 @@
+"""One start of a run: what every part of the walk needs to know."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from onward.errors import Interrupted
+from onward.files import read_jsonl
+from onward.plan.lock import Lock
+from onward.run.directory import RunDirectory
+from onward.run.resolve import Resolved
+from onward.run.signals import Stopping
+
+if TYPE_CHECKING:
+    import torch
+
+    from onward.run.inputs import StageInputs
+
+
+class View(Protocol):
+    """Where a run says what it does."""
+
+    def note(self, text: str) -> None: ...
+
+    def stage(self, name: str, index: int, total: int, steps: int, done: int) -> None: ...
+
+    def step(self, row: dict[str, Any]) -> None: ...
+
+    def done(self, text: str) -> None: ...
+
+
+@dataclass
+class Session:
+    """A run between start and end of one process: `attempt` counts them from 1, `tier` is the promise that holds."""
+
+    directory: RunDirectory
+    resolved: Resolved
+    lock: Lock
+    inputs: Mapping[str, StageInputs]
+    attempt: int
+    tier: str
+    conditions: str
+    view: View
+    stopping: Stopping
+    device: torch.device
+
+    def events(self) -> list[dict[str, Any]]:
+        return read_jsonl(self.directory.journal)
+
+    def names(self) -> dict[str, Any]:
+        """Which naming of parameters the checkpoints use."""
+        return {"family": self.resolved.model.family.name, "version": self.resolved.model.family.version}
+
+    def micro_batch_size(self, stage: str) -> int:
+        return self.lock.measured[stage]["micro_batch_size"]
+
+    def comparable_attempts(self) -> set[int]:
+        """Attempts that ran under the same conditions as this one: their rows must come again bit for bit."""
+        return {
+            event["attempt"]
+            for event in self.events()
+            if event["event"] in ("started", "continued") and event["conditions"] == self.conditions
+        }
+
+    def stop_if_asked(self) -> None:
+        """Interrupted when a signal has come: between the parts of the walk, where everything is saved."""
+        if self.stopping():
+            raise Interrupted(
+                f"stopped by {self.stopping.signal}; everything is saved",
+                hint=f"run the same command again: it continues {self.directory.path}",
+            )

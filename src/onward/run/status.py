@@ -1,0 +1,148 @@
+"""`onward status`: where a run stands, from its own files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from onward.checkpoint.read import list_checkpoints
+from onward.errors import PlanError
+from onward.files import read_jsonl
+from onward.plan.lock import locked_plan, read_lock
+from onward.run.directory import RunDirectory
+from onward.run.hold import holder
+from onward.run.journal import canonical_metrics, read_metrics
+
+RECENT = 20  # steps over which speed is averaged
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage. `state`: waiting, training, trained (to its end, nothing handed on yet) or done."""
+
+    name: str
+    state: str
+    step: int
+    steps: int | None
+    loss: float | None
+    evaluation: dict[str, float] | None
+    checkpoints: tuple[int, ...]
+    output: str | None
+    logit_difference: float | None
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run: `state` is finished, running or stopped; `eta_seconds` counts the stage that trains."""
+
+    run: str
+    run_id: str
+    state: str
+    held_by: str | None
+    attempts: int
+    tier: str
+    model: str
+    stages: tuple[StageStatus, ...]
+    seconds_per_step: float | None
+    tokens_per_second: float | None
+    eta_seconds: float | None
+    amendments: tuple[dict[str, Any], ...]
+    events: tuple[dict[str, Any], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> Iterator[str]:
+        who = f" by {self.held_by}" if self.held_by else ""
+        yield f"{self.run}: {self.state}{who}, attempt {self.attempts}, promise {self.tier}"
+        for number, stage in enumerate(self.stages, start=1):
+            total = f"/{stage.steps}" if stage.steps else ""
+            facts = [f"step {stage.step}{total}"] if stage.step else []
+            facts += [f"loss {stage.loss:.4f}"] if stage.loss is not None else []
+            facts += [f"{name} {value:.4f}" for name, value in (stage.evaluation or {}).items()]
+            facts += [f"checkpoints {', '.join(map(str, stage.checkpoints))}"] if stage.checkpoints else []
+            facts += [f"output {stage.output}"] if stage.output else []
+            yield f"  {number} {stage.name}: {'; '.join([stage.state, *facts])}"
+        if self.seconds_per_step and self.tokens_per_second is not None:
+            left = f", {self.eta_seconds:,.0f} s left in this stage" if self.eta_seconds else ""
+            yield f"  {self.seconds_per_step:.3g} s a step, {self.tokens_per_second:,.0f} tokens/s{left}"
+        for change in self.amendments:
+            yield f"  amended at attempt {change['attempt']}: {change['key']}: {change['before']} → {change['after']}"
+
+
+def status(path: Path) -> RunStatus:
+    """Read where a run stands. PlanError when the directory is no run."""
+    run = RunDirectory(path)
+    if not run.lock.is_file():
+        raise PlanError(
+            "is no run directory: plan.lock.json is missing", where=str(path), hint="onward run PLAN makes one"
+        )
+    lock = read_lock(run.lock)
+    plan = locked_plan(lock)
+    events = read_jsonl(run.journal)
+    rows = canonical_metrics(read_metrics(run.metrics))
+    raw = [row for row in read_metrics(run.metrics) if row["step"]]
+    held = holder(run.hold)
+    names = [stage.name for stage in plan.stages]
+    stages = tuple(_stage(run, names, name, events, rows) for name in names)
+    starts = [event for event in events if event["event"] in ("started", "continued")]
+    finished = any(event["event"] == "finished" for event in events)
+    seconds, tokens, eta = _speed(raw, stages)
+    return RunStatus(
+        run=str(path),
+        run_id=lock.run_id,
+        state="running" if held else "finished" if finished else "stopped",
+        held_by=f"process {held['process']} on {held['host']}" if held else None,
+        attempts=len(starts),
+        tier=starts[-1]["tier"] if starts else "none",
+        model=plan.model,
+        stages=stages,
+        seconds_per_step=seconds,
+        tokens_per_second=tokens,
+        eta_seconds=eta if held else None,
+        amendments=tuple(amendment.model_dump(mode="json") for amendment in lock.amendments),
+        events=tuple(events),
+    )
+
+
+def _stage(
+    run: RunDirectory,
+    names: list[str],
+    name: str,
+    events: list[dict[str, Any]],
+    rows: dict[tuple[str, int], dict[str, Any]],
+) -> StageStatus:
+    mine = {step: row for (stage, step), row in rows.items() if stage == name}
+    began = next((event for event in events if event["event"] == "stage_started" and event["stage"] == name), None)
+    handed = next((event for event in reversed(events) if event["event"] == "output" and event["stage"] == name), None)
+    steps = began["steps"] if began else None
+    step = max(mine, default=0)
+    state = "done" if handed else "waiting" if not began else "trained" if step == steps else "training"
+    evaluations = [mine[at]["evaluation"] for at in sorted(mine) if "evaluation" in mine[at]]
+    return StageStatus(
+        name=name,
+        state=state,
+        step=step,
+        steps=steps,
+        loss=mine[step].get("loss") if mine else None,
+        evaluation=evaluations[-1] if evaluations else None,
+        checkpoints=tuple(manifest.step for _, manifest in list_checkpoints(run.checkpoints(names, name))),
+        output=str(run.output(names, name)) if handed else None,
+        logit_difference=handed.get("logit_difference") if handed else None,
+    )
+
+
+def _speed(
+    rows: list[dict[str, Any]], stages: tuple[StageStatus, ...]
+) -> tuple[float | None, float | None, float | None]:
+    """Seconds a step, tokens a second, seconds left in the stage that trains; over the newest steps."""
+    recent = rows[-RECENT:]
+    if not recent:
+        return None, None, None
+    seconds = sum(row["time"]["seconds"] for row in recent)
+    pace = seconds / len(recent)
+    current = next((stage for stage in stages if stage.state == "training"), None)
+    eta = pace * (current.steps - current.step) if current and current.steps else None
+    return pace, sum(row["tokens"] for row in recent) / seconds if seconds else None, eta

@@ -1,0 +1,199 @@
+"""The walk from stage to stage: what `onward run` does. Every point of it can be the last before a crash."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from onward.checkpoint.manifest import read_manifest
+from onward.errors import DamageError, PlanError, Refused
+from onward.files import canonical_json, digest_bytes
+from onward.plan.load import LoadedPlan
+from onward.plan.lock import Lock
+from onward.run.begin import begin, conditions, go_on, judge_changes, new_lock, open_lock
+from onward.run.directory import RunDirectory
+from onward.run.environment import environment, set_switches
+from onward.run.hold import hold
+from onward.run.inputs import fingerprints, prepare_inputs
+from onward.run.journal import write_event
+from onward.run.outputs import Start, content_fingerprint, verified_output
+from onward.run.resolve import Resolved, resolve
+from onward.run.session import Session, View
+from onward.run.signals import listening
+
+AUTO_MICRO_BATCH = 8
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a start of a run came to. `status`: finished, or until (it was asked to stop after a stage)."""
+
+    status: str
+    steps_trained: int
+    tier: str
+    reasons: list[str]
+    stages: list[dict[str, Any]]
+    run: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def run_plan(
+    loaded: LoadedPlan,
+    directory: Path,
+    *,
+    until: str | None,
+    accept: Sequence[str],
+    view: View,
+    command: str = "onward run PLAN",
+) -> RunResult:
+    """Start the plan's run in `directory`, or continue what is there.
+
+    PlanError, InputError or Refused before anything is written; Interrupted (saved) on a signal. `command` is what the
+    user typed, for messages.
+    """
+    resolved = resolve(loaded)
+    if until is not None and until not in resolved.names:
+        raise PlanError(f"no stage is called {until}; there are {', '.join(resolved.names)}", where="--until")
+    run = RunDirectory(directory)
+    with ExitStack() as stack:
+        stopping = stack.enter_context(listening())
+        exists = run.state() == "run"
+        if exists:
+            stack.enter_context(hold(run.hold, view.note))
+        lock = open_lock(run) if exists else None
+        surroundings = environment(loaded.plan)
+        if lock:  # what the plan alone tells is refused before anything expensive is done
+            judge_changes(run, lock, loaded.plan, surroundings, lock.fingerprints, accept, command)
+        today = lock.date if lock else date.today().isoformat()
+        device = set_switches(loaded.plan)
+        inputs = prepare_inputs(resolved, today, view.note)
+        content = fingerprints(resolved, inputs)
+        measured = _micro_batches(resolved, lock)
+        if lock:
+            judgement = judge_changes(run, lock, loaded.plan, surroundings, content, accept, command)
+            beginning = go_on(run, loaded, lock, judgement, surroundings, content, measured)
+        else:
+            stack.enter_context(hold(run.hold, view.note))
+            if run.state() == "run":
+                raise Refused(
+                    "another process began this run a moment ago",
+                    where=str(directory),
+                    hint="run the same command again",
+                )
+            beginning = begin(run, loaded, new_lock(loaded, content, surroundings, measured, today))
+        view.note(f"attempt {beginning.attempt}, promise: {beginning.tier} ({'; '.join(beginning.reasons)})")
+        session = Session(
+            run,
+            resolved,
+            beginning.lock,
+            inputs,
+            beginning.attempt,
+            beginning.tier,
+            conditions(beginning.lock),
+            view,
+            stopping,
+            device,
+        )
+        return _walk(session, until, list(beginning.reasons))
+
+
+def _walk(session: Session, until: str | None, reasons: list[str]) -> RunResult:
+    """Stage after stage: a verified output means done, anything else is trained to its end and handed on."""
+    names, trained, told = session.resolved.names, 0, []
+    first = next((n for n, name in enumerate(names) if not session.directory.output(names, name).exists()), len(names))
+    start = _start(session, first)
+    status = "finished"
+    for number, name in enumerate(names):
+        steps = 0
+        if number >= first:
+            session.stop_if_asked()
+            steps = _stage(session, number, start)
+            trained += steps
+            start = _start(session, number + 1)
+        told.append(
+            {
+                "stage": name,
+                "steps": session.inputs[name].total_steps,
+                "steps_trained": steps,
+                "output": str(session.directory.output(names, name)),
+            }
+        )
+        if name == until and number + 1 < len(names):
+            status = "until"
+            break
+    events = session.events()
+    if status == "finished" and not any(event["event"] == "finished" for event in events):
+        write_event(session.directory.journal, "finished", attempt=session.attempt)
+    session.view.done(
+        f"{'finished' if status == 'finished' else f'stage {until} is done'}, {trained} steps trained; {start.adapters or start.base}"
+    )
+    return RunResult(status, trained, session.tier, reasons, told, str(session.directory.path))
+
+
+def _start(session: Session, number: int) -> Start:
+    """Where stage `number` begins: what the stages before it handed on, verified, over the newest merged base."""
+    names, model = session.resolved.names, session.resolved.model.path
+    base, base_print, adapters, adapters_print = model, _model_fingerprint(session), None, ""
+    for name in names[:number]:
+        output = session.directory.output(names, name)
+        is_last = name == names[number - 1]
+        try:
+            manifest = verified_output(output) if is_last else read_manifest(output)
+        except DamageError as error:
+            raise DamageError(
+                error.message,
+                where=error.where,
+                hint=f"the output of stage {name} is damaged. Delete {output}: the same command makes it again from the stage's last checkpoint",
+            ) from None
+        if (output / "adapter_config.json").exists() and not (output / "config.json").exists():
+            adapters, adapters_print = output, content_fingerprint(manifest)
+        else:
+            base, base_print, adapters, adapters_print = output, content_fingerprint(manifest), None, ""
+    return Start(base, digest_bytes(canonical_json([base_print, adapters_print])), adapters)
+
+
+def _model_fingerprint(session: Session) -> str:
+    """The identity of the plan's model, as the lock holds it."""
+    prints = session.lock.fingerprints
+    return digest_bytes(canonical_json([prints["weights"], prints["config"]]))
+
+
+def _stage(session: Session, number: int, start: Start) -> int:
+    from onward.run.handon import hand_on, result_of
+    from onward.run.stage import set_up, train_stage
+
+    name = session.resolved.names[number]
+    steps = session.inputs[name].total_steps
+    if not any(event["event"] == "stage_started" and event["stage"] == name for event in session.events()):
+        event = {"stage": name, "steps": steps, "base": start.fingerprint}
+        write_event(session.directory.journal, "stage_started", attempt=session.attempt, **event)
+    live = set_up(session, number, start)
+    done = live.training.progress.step
+    session.view.stage(name, number + 1, len(session.resolved.names), steps, done)
+    trained = train_stage(session, live) if done < steps else 0
+    session.stop_if_asked()
+    result = result_of(session, live)
+    del live  # its memory is needed to reopen what is handed on
+    gc.collect()
+    hand_on(session, result)
+    return trained
+
+
+def _micro_batches(resolved: Resolved, lock: Lock | None) -> dict[str, dict[str, int]]:
+    """Micro-batch size of each stage: the plan's, or for `auto` what was found once and locked."""
+    sizes = {}
+    for stage in resolved.stages:
+        name, size = stage.plan.name, stage.plan.micro_batch_size
+        locked = lock.measured.get(name) if lock else None
+        if size == "auto":
+            sizes[name] = locked or {"micro_batch_size": min(AUTO_MICRO_BATCH, stage.plan.batch_size)}
+        else:
+            sizes[name] = {"micro_batch_size": min(size, stage.plan.batch_size)}
+    return sizes

@@ -1,0 +1,130 @@
+"""The training loop: one stage, from any step to its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from onward.data.batches import StepBatch
+from onward.engine.single import Single
+from onward.errors import TrainingError
+from onward.model.trainable import Trainable
+from onward.randomness import derive
+from onward.train.monitor import (
+    check_finite,
+    check_learning,
+    describe_groups,
+    group_norms,
+    sample,
+    update_ratios,
+)
+from onward.train.progress import Progress
+from onward.train.schedule import Horizon
+
+
+@dataclass
+class Training:
+    """One stage while it trains: everything that changes is here, and a checkpoint holds all of it."""
+
+    stage: str
+    seed: int
+    trainable: Trainable
+    optimizer: torch.optim.Optimizer
+    horizon: Horizon
+    max_grad_norm: float | None
+    progress: Progress
+
+
+@dataclass(frozen=True)
+class Duties:
+    """What else happens at a step: when, and what to call. `save` and `evaluate` are given the step that is done."""
+
+    evaluate: Callable[[int], dict[str, float]]
+    evaluate_at: Callable[[int], bool]
+    save: Callable[[], None]
+    save_at: Callable[[int], bool]
+    record: Callable[[dict[str, Any]], None]
+    stopping: Callable[[], bool]
+
+
+def train(training: Training, engine: Single, batches: Iterable[StepBatch], duties: Duties) -> int:
+    """Train over `batches`, one optimizer step each; returns how many steps were trained here.
+
+    Ends early, saved, when `duties.stopping()` says so. TrainingError when training cannot go on; then nothing of the
+    failing step has been applied.
+    """
+    progress, groups = training.progress, training.trainable.selection.groups
+    parameters = training.trainable.parameters
+    training.trainable.model.train()
+    steps = 0
+    began = time.perf_counter()
+    for batch in batches:
+        loss = _accumulate(training, engine, batch)
+        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        norms = dict(zip(gradients, engine.norms(list(gradients.values())).tolist(), strict=True)) if gradients else {}
+        check_finite(loss, norms, batch.step, batch.sample_ids)
+        by_group = group_norms(groups, norms)
+        check_learning(progress, by_group)
+        total = sum(norm * norm for norm in by_group.values()) ** 0.5
+        if training.max_grad_norm is not None and total > training.max_grad_norm:
+            engine.scale_gradients(list(parameters.values()), training.max_grad_norm / (total + 1e-6))
+
+        factor = training.horizon.factor(batch.step)
+        for ours, theirs in zip(groups, training.optimizer.param_groups, strict=True):
+            theirs["lr"] = ours.learning_rate * factor
+        before = sample(list(parameters.values()))
+        training.optimizer.step()
+        training.optimizer.zero_grad(set_to_none=True)
+        after = sample(list(parameters.values()))
+
+        progress.step = batch.step
+        progress.samples += len(batch.sample_ids)
+        progress.tokens += batch.tokens
+        progress.targets += batch.target_tokens
+        progress.loss_sum += loss * batch.target_tokens
+        ratios = update_ratios(
+            groups, dict(zip(parameters, before, strict=True)), dict(zip(parameters, after, strict=True))
+        )
+        row: dict[str, Any] = {
+            "stage": training.stage,
+            "step": batch.step,
+            "epoch": batch.epoch,
+            "loss": loss,
+            "grad_norm": total,
+            "samples": progress.samples,
+            "tokens": batch.tokens,
+            "targets": batch.target_tokens,
+            "inputs": batch.inputs,
+            "groups": describe_groups(groups, factor, by_group, ratios),
+        }
+        if batch.skipped:
+            row["skipped"] = [list(item) for item in batch.skipped]
+        if duties.evaluate_at(batch.step):
+            row["evaluation"] = duties.evaluate(batch.step)
+        steps += 1
+        row["time"] = {"seconds": time.perf_counter() - began}
+        duties.record(row)
+        began = time.perf_counter()
+        stopping = duties.stopping()
+        if stopping or duties.save_at(batch.step):
+            duties.save()
+        if stopping:
+            break
+    return steps
+
+
+def _accumulate(training: Training, engine: Single, batch: StepBatch) -> float:
+    """Gradients of the whole step; its loss: the sum over target tokens divided by their number."""
+    loss: torch.Tensor | None = None
+    for index, micro_batch in enumerate(batch.micro_batches):
+        torch.manual_seed(derive(training.seed, training.stage, "micro", batch.step, index))
+        part = engine.accumulate(micro_batch, batch.target_tokens)
+        loss = part if loss is None else loss + part
+    if loss is None:
+        skipped = "; ".join(f"{sample}: {reason}" for sample, reason in batch.skipped)
+        raise TrainingError(f"no sample of step {batch.step} can be read", hint=skipped)
+    return float(loss.item())

@@ -1,0 +1,36 @@
+"""How far a stage has come: everything that is neither a weight nor optimizer state, and must survive."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from onward.errors import DamageError
+
+
+@dataclass
+class Progress:
+    """Counters and decisions of one stage. `step` alone is the position in the data (see docs/architecture.md).
+
+    `zero_gradient`: group → steps in a row without a gradient; `best`: {"metric", "value", "step"} of the evaluation that
+    was best so far; `loss_sum` over `targets` is the mean training loss; `probe`: what the newest probe found, with the
+    `samples` count at which it was taken.
+    """
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    targets: int = 0
+    loss_sum: float = 0.0
+    zero_gradient: dict[str, int] = field(default_factory=dict)
+    best: dict[str, Any] | None = None
+    probe: dict[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Progress:
+        if set(value) != {item.name for item in fields(cls)}:
+            raise DamageError(f"progress.json has other fields than expected: {sorted(value)}")
+        return cls(**value)

@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from onward.data.order import Epochs, Mix, position_to_index
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 97, 256, 257, 1000, 65_536, 65_537, 1_000_000])
+def test_is_a_permutation(n):
+    for key in (0, 1, 2**63 - 1):
+        assert np.array_equal(np.sort(position_to_index(np.arange(n), n, key)), np.arange(n))
+
+
+def test_golden_values():
+    """The order of every run that exists: if one of these changes, no run can be continued."""
+    assert position_to_index(np.arange(10), 10, 42).tolist() == [8, 6, 2, 4, 0, 5, 3, 7, 9, 1]
+    assert position_to_index(np.array([0, 1, 499_999, 999_999]), 1_000_000, 123_456_789).tolist() == [873359, 766919, 517710, 748704]
+    assert position_to_index(np.array([0, 10**12]), 10**12 + 1, 2**63 - 1).tolist() == [1223808867, 65265544897]
+    draws = Mix((5, 4), (1.0, 2.5)).draws(1, np.arange(5), seed=7, stage="sft", fingerprint="sha256:00")
+    assert [(draw.source, draw.row, draw.occurrence) for draw in draws] == [(1, 0, 0), (1, 1, 0), (1, 2, 0), (1, 1, 2), (1, 3, 0)]
+
+
+@given(st.integers(1, 10**6), st.integers(0, 2**63 - 1), st.data())
+@settings(max_examples=100, deadline=None)
+def test_each_position_alone(n, key, data):
+    positions = np.array(data.draw(st.lists(st.integers(0, n - 1), max_size=20)), dtype=np.int64)
+    alone = [int(position_to_index(np.array([position]), n, key)[0]) for position in positions]
+    assert position_to_index(positions, n, key).tolist() == alone
+
+
+def test_positions_outside_are_refused():
+    for positions in ([10], [-1], [0, 10]):
+        with pytest.raises(IndexError):
+            position_to_index(np.array(positions), 10, 1)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 13, 16, 50])
+def test_uniform(n):
+    """Over many keys every index comes to every position equally often: chi-squared, 6 sigma."""
+    keys = 2000
+    counts = np.zeros((n, n))
+    for key in range(keys):
+        counts[np.arange(n), position_to_index(np.arange(n), n, key)] += 1
+    expected = keys / n
+    for row in counts:
+        chi = ((row - expected) ** 2 / expected).sum()
+        assert chi < (n - 1) + 6 * np.sqrt(2 * (n - 1)) + 6, (n, row)
+
+
+def test_neighbours_and_epochs_look_unrelated():
+    n = 10_000
+    first, second = (position_to_index(np.arange(n), n, key).astype(float) for key in (1, 2))
+    for a, b in ((first, np.arange(n)), (first[:-1], first[1:]), (first, second)):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 0.06
+
+
+def test_all_orders_of_four_occur():
+    assert len({tuple(position_to_index(np.arange(4), 4, key)) for key in range(1000)}) == 24
+
+
+def test_steps_over_epochs():
+    epochs = Epochs(samples=10, batch_size=4)
+    assert epochs.steps_per_epoch == 3
+    places = [epochs.place(step) for step in range(1, 7)]
+    assert [(p.epoch, p.position, p.count) for p in places] == [
+        (0, 0, 4), (0, 4, 4), (0, 8, 2), (1, 0, 4), (1, 4, 4), (1, 8, 2),
+    ]  # fmt: skip
+    assert Epochs(samples=8, batch_size=4).steps_per_epoch == 2
+    assert Epochs(samples=3, batch_size=4).place(2).count == 3
+
+
+def epoch_of(mix, epoch, seed=1, batch=1000):
+    draws = []
+    for begin in range(0, mix.samples_per_epoch, batch):
+        positions = np.arange(begin, min(begin + batch, mix.samples_per_epoch))
+        draws += mix.draws(epoch, positions, seed=seed, stage="s", fingerprint="f")
+    return [(draw.source, draw.row, draw.occurrence) for draw in draws]
+
+
+def test_repeats():
+    mix = Mix(rows=(10, 7, 4), repeats=(1.0, 2.5, 0.5))
+    assert mix.counts() == [10, 18, 2]
+    seen = epoch_of(mix, 0)
+    assert len(set(seen)) == len(seen) == 30
+    assert {draw[1] for draw in seen if draw[0] == 0} == set(range(10))
+    for occurrence in (0, 1):
+        assert {draw[1] for draw in seen if draw[0] == 1 and draw[2] == occurrence} == set(range(7))
+    assert len({draw[1] for draw in seen if draw[0] == 1 and draw[2] == 2}) == 4
+
+
+def test_a_fraction_goes_round_all_rows():
+    mix = Mix(rows=(10,), repeats=(0.5,))
+    first, second, third = ({row for _, row, _ in epoch_of(mix, epoch)} for epoch in range(3))
+    assert len(first) == 5 and first | second == set(range(10)) and third == first
+    assert {row for _, row, _ in epoch_of(mix, 0, seed=2)} != first
+
+
+def test_order_differs_by_epoch_and_seed_and_not_by_batch_size():
+    mix = Mix(rows=(50,), repeats=(1.0,))
+    assert epoch_of(mix, 0, batch=50) == epoch_of(mix, 0, batch=7)
+    assert len({tuple(epoch_of(mix, epoch, seed)) for epoch in (0, 1) for seed in (1, 2)}) == 4

@@ -1,0 +1,213 @@
+"""What a change of the plan means for a run that exists."""
+
+import json
+import types
+import typing
+
+import pytest
+from pydantic import BaseModel
+
+from onward.errors import PlanError, Refused
+from onward.plan.changes import (
+    TABLE,
+    environment_changes,
+    fingerprint_changes,
+    judge,
+    meaning,
+    plan_changes,
+    refusal,
+)
+from onward.plan.load import load_plan
+from onward.plan.schema import Plan
+
+PLAN = """\
+model: m
+stages:
+  - name: align
+    train: {projector: {mode: full}}
+    data: a.jsonl
+    epochs: 1
+  - name: sft
+    train: {language_model: {mode: lora, dropout: 0.1}}
+    data: [{path: b.jsonl}, {path: c.jsonl}]
+    epochs: 2
+    evaluate: {data: h.jsonl}
+  - name: last
+    train: {language_model: {mode: full}}
+    data: a.jsonl
+    epochs: 1
+"""
+OLD_BEGUN = ("align", "sft")
+
+
+@pytest.fixture
+def changed(tmp_path):
+    def plan(*overrides: str, text: str = PLAN) -> Plan:
+        (tmp_path / "plan.yaml").write_text(text)
+        return load_plan(tmp_path / "plan.yaml", overrides).plan
+
+    def changes(*overrides: str, text: str = PLAN, begun=OLD_BEGUN, finished=("align",)):
+        return plan_changes(plan(), plan(*overrides, text=text), begun, finished)
+
+    return changes
+
+
+def _leaves(annotation, key=()):
+    """Every key of a schema type under which a value can differ, `*` for free names and list indices."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        yield from _leaves(arguments[0], key)
+    elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        for name, field in annotation.model_fields.items():
+            yield from _leaves(field.annotation, (*key, field.alias or name))
+    elif origin in (typing.Union, types.UnionType) and any(_holds_model(part) for part in arguments):
+        yield key  # it can come and go as a whole
+        for part in arguments:
+            if _holds_model(part):
+                yield from _leaves(part, key)
+    elif origin in (dict, tuple) and _holds_model(annotation):
+        yield key if origin is tuple else (*key, "*")
+        yield from _leaves(next(part for part in arguments if _holds_model(part)), (*key, "*"))
+    else:
+        yield key
+
+
+def _holds_model(annotation) -> bool:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return True
+    return any(_holds_model(part) for part in typing.get_args(annotation))
+
+
+LEAVES = set(_leaves(Plan)) - {("stages", "*", "name")}  # a stage of another name is another stage
+
+
+def test_the_table_covers_every_key_of_the_schema_and_no_other():
+    assert ("stages", "*", "train", "*", "rank") in LEAVES and ("stages", "*", "optimizer", "betas") in LEAVES
+    assert {tuple(key.split(".")) for key in TABLE} == LEAVES
+    for key in LEAVES:
+        assert meaning(tuple("layers.0" if part == "*" else part for part in key)) == TABLE[".".join(key)]
+
+
+def test_no_change_is_bitwise(changed):
+    judgement = judge(changed())
+    assert (judgement.tier, judgement.applied, judgement.refused) == ("bitwise", [], [])
+    assert judgement.reasons == ["same plan, same environment"]
+
+
+@pytest.mark.parametrize(
+    ("override", "kind", "tier"),
+    [
+        ("seed=1", "breaking", "refused"),
+        ("deterministic=false", "acceptable", "refused"),
+        ("checkpoint.every=7", "free", "bitwise"),
+        ("checkpoint.keep.best=1", "free", "bitwise"),
+        ("stages.sft.workers=2", "free", "bitwise"),
+        ("stages.sft.micro_batch_size=2", "free", "state-exact"),
+        ("stages.sft.evaluate.every=2", "free", "bitwise"),
+        ("engine.threads=2", "free", "bitwise"),  # what threads are used, the environment says
+        ("stages.sft.batch_size=4", "breaking", "refused"),
+        ("stages.sft.precision=bf16", "breaking", "refused"),
+        ("stages.sft.epochs=3", "breaking", "refused"),
+        ("stages.sft.schedule=linear", "breaking", "refused"),
+        ("stages.sft.learning_rate=1", "acceptable", "refused"),
+        ("stages.sft.max_grad_norm=null", "acceptable", "refused"),
+        ("stages.sft.optimizer.weight_decay=1", "acceptable", "refused"),
+        ("stages.sft.train.language_model.dropout=0", "acceptable", "refused"),
+        ("stages.sft.train.language_model.rank=2", "breaking", "refused"),
+        ("stages.sft.train.language_model.alpha=2", "breaking", "refused"),
+        ("stages.sft.train.projector={mode: full}", "breaking", "refused"),
+        ("stages.sft.data.0.repeat=2", "breaking", "refused"),
+        ("stages.sft.data=[b.jsonl]", "breaking", "refused"),
+        ("stages.sft.evaluate=null", "acceptable", "refused"),
+        ("stages.last.seed_is_not_a_key=1", None, None),
+        ("stages.last.batch_size=4", "forward", "bitwise"),
+        ("stages.last.train.language_model.mode=lora", "forward", "bitwise"),
+        ("stages.align.learning_rate=1", "breaking", "refused"),  # finished: nothing is left to apply it to
+        ("stages.align.workers=1", "free", "bitwise"),
+    ],
+)
+def test_kinds(changed, override, kind, tier):
+    if kind is None:
+        with pytest.raises(PlanError):
+            changed(override)
+        return
+    changes = changed(override)
+    assert {change.kind for change in changes} == {kind}
+    assert judge(changes).tier == tier
+
+
+def test_acceptable_changes_need_their_name_and_are_then_declared(changed):
+    changes = changed("stages.sft.learning_rate=1", "checkpoint.every=7")
+    refused = judge(changes)
+    assert refused.tier == "refused"
+    assert [str(change) for change in refused.refused] == ["stages.sft.learning_rate: 0.0001 → 1.0"]
+    for name in ("learning_rate", "stages.sft.learning_rate", "sft.learning_rate"):
+        judgement = judge(changes, [name])
+        assert (judgement.tier, len(judgement.applied), judgement.refused) == ("declared", 2, [])
+    assert judge(changes, ["weight_decay"]).tier == "refused"
+    assert judge(changed("seed=1"), ["seed"]).tier == "refused"  # what breaks cannot be accepted
+    assert judge([], ["learning_rate"]).tier == "bitwise"  # the same command again
+    with pytest.raises(PlanError, match="did you mean learning_rate"):
+        judge(changes, ["learning_rat"])
+
+
+def test_stages_may_be_added_removed_and_reordered_behind_the_last_begun_one(changed):
+    stages = PLAN.split("  - ")
+    more = PLAN + "  - {name: more, train: {x: {mode: full}}, data: a.jsonl, epochs: 1}\n"
+    assert [(c.key, c.kind) for c in changed(text=more)] == [("stages", "forward")]
+    assert [(c.key, c.kind) for c in changed(text="  - ".join(stages[:3]))] == [("stages", "forward")]
+    swapped = "  - ".join([stages[0], stages[2], stages[1], stages[3]])
+    assert [(c.key, c.kind) for c in changed(text=swapped)] == [("stages", "breaking")]
+    assert [(c.key, c.kind) for c in changed(text=swapped, begun=(), finished=())] == [("stages", "forward")]
+    inserted = "  - ".join([*stages[:2], "{name: new, train: {x: {mode: full}}, data: a, epochs: 1}\n", *stages[2:]])
+    assert [(c.key, c.kind) for c in changed(text=inserted)] == [("stages", "breaking")]
+    assert [(c.key, c.kind) for c in changed(text=inserted, begun=("align",))] == [("stages", "forward")]
+    renamed = PLAN.replace("name: sft", "name: tune")
+    assert [(c.key, c.kind) for c in changed(text=renamed)] == [("stages", "breaking")]
+
+
+def test_the_environment_is_acceptable_and_then_state_exact():
+    changes = environment_changes(
+        {"torch": "2.13.0", "threads": "2", "peft": "1"}, {"torch": "2.14.0", "threads": "4", "peft": "1"}
+    )
+    assert [str(change) for change in changes] == [
+        'environment.threads: "2" → "4"',
+        'environment.torch: "2.13.0" → "2.14.0"',
+    ]
+    assert judge(changes).tier == "refused"
+    assert judge(changes, ["environment"]).tier == "state-exact"
+    assert judge(changes, ["environment.torch"]).refused[0].key == "environment.threads"
+    assert judge(changes, ["torch", "threads"]).tier == "state-exact"
+
+
+def test_threads_that_the_plan_asks_for_need_no_second_word(changed):
+    environment = environment_changes({"threads": "2"}, {"threads": "4"})
+    judgement = judge([*changed("engine.threads=4"), *environment])
+    assert (judgement.tier, judgement.refused) == ("state-exact", [])
+    switch = environment_changes({"deterministic": "true"}, {"deterministic": "false"})
+    unsaid = judge([*changed("deterministic=false"), *switch])
+    assert [change.key for change in unsaid.refused] == ["deterministic"]
+    assert judge([*changed("deterministic=false"), *switch], ["deterministic"]).tier == "state-exact"
+
+
+def test_changed_content_breaks_and_names_the_stage():
+    old = {"model": "1", "data": {"align": "2", "last": "3"}}
+    new = {"model": "9", "data": {"align": "2", "last": "4"}}
+    assert [(c.key, c.kind) for c in fingerprint_changes(old, new)] == [
+        ("content.data.last", "breaking"),
+        ("content.model", "breaking"),
+    ]
+    assert [(c.key, c.kind) for c in fingerprint_changes(old, new, ["align"])][0] == ("content.data.last", "forward")
+    assert fingerprint_changes(old, json.loads(json.dumps(old))) == []
+
+
+def test_a_refusal_names_the_key_both_values_and_the_command(changed):
+    error = refusal(judge(changed("stages.sft.learning_rate=1")), "onward run plan.yaml --run here")
+    assert isinstance(error, Refused) and error.exit_status == 3
+    assert "stages.sft.learning_rate: 0.0001 → 1.0" in str(error)
+    assert "onward run plan.yaml --run here --accept learning_rate" in str(error)
+    error = refusal(
+        judge([*changed("seed=1"), *environment_changes({"torch": "1"}, {})]), "onward run plan.yaml --run here"
+    )
+    assert "seed: 42 → 1" in str(error) and 'environment.torch: "1" → null' in str(error)
+    assert "onward run plan.yaml --run OTHER_DIR" in str(error) and "--accept" not in str(error)
