@@ -34,7 +34,8 @@ def tokenizer():
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
-        CORPUS, trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+        CORPUS,
+        trainers.BpeTrainer(vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML,
@@ -42,7 +43,9 @@ def tokenizer():
     )  # fmt: skip
 
 
-def text_model(directory: Path, kind: str = "qwen2", *, tied: bool = False, dtype: str = "float32", seed: int = 0) -> Path:
+def text_model(
+    directory: Path, kind: str = "qwen2", *, tied: bool = False, dtype: str = "float32", seed: int = 0
+) -> Path:
     """A decoder of some 60 thousand parameters: llama, qwen2 or qwen3, attention dropout 0.1."""
     import torch
     import transformers
@@ -55,7 +58,9 @@ def text_model(directory: Path, kind: str = "qwen2", *, tied: bool = False, dtyp
     )  # fmt: skip
     if kind in ("llama", "qwen3"):
         size["head_dim"] = 8
-    config = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[kind]
+    config = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[
+        kind
+    ]
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config(**size)).to(getattr(torch, dtype))
     model.save_pretrained(directory)
@@ -102,7 +107,10 @@ def text_data(path: Path, rows: int = 22, seed: int = 0) -> Path:
             said = [" ".join(chance.choices(words, k=chance.randint(1, 6))) for _ in range(chance.randint(1, 2))]
             messages = []
             for text in said:
-                messages += [{"role": "user", "content": f"say it again please : {text}"}, {"role": "assistant", "content": text}]
+                messages += [
+                    {"role": "user", "content": f"say it again please : {text}"},
+                    {"role": "assistant", "content": text},
+                ]
             file.write(json.dumps({"messages": messages}) + "\n")
     return path
 
@@ -117,9 +125,14 @@ def colour_data(path: Path, rows: int = 22, seed: int = 0) -> Path:
         for number in range(rows):
             name, colour = chance.choice(list(COLOURS.items()))
             image = Image.new("RGB", (28, 28))
-            image.putdata([tuple(max(0, min(255, c + chance.randint(-20, 20))) for c in colour) for _ in range(28 * 28)])
+            image.putdata(
+                [tuple(max(0, min(255, c + chance.randint(-20, 20))) for c in colour) for _ in range(28 * 28)]
+            )
             image.save(path.parent / "images" / f"{path.stem}-{number}.png")
-            parts = [{"type": "image", "path": f"images/{path.stem}-{number}.png"}, {"type": "text", "text": "what colour is the picture ?"}]
+            parts = [
+                {"type": "image", "path": f"images/{path.stem}-{number}.png"},
+                {"type": "text", "text": "what colour is the picture ?"},
+            ]
             messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": name}]
             file.write(json.dumps({"messages": messages}) + "\n")
     return path

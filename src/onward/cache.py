@@ -1,6 +1,6 @@
 """What was once computed about a file, remembered by path, size, mtime and inode. Safe to delete, to damage, to kill.
 
-Under ONWARD_CACHE, else $XDG_CACHE_HOME/onward, else ~/.cache/onward. Where that cannot be written, nothing is remembered.
+Under ONWARD_CACHE, else $XDG_CACHE_HOME/onward, else ~/.cache/onward; where that cannot be written, nowhere.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def file_identity(path: Path) -> list[str | int]:
 
 
 def remembered(kind: str, key: object, compute: Callable[[], bytes]) -> bytes:
-    """`compute()`, or what it gave the last time for this kind and key. Entries carry a digest and are not believed without."""
+    """`compute()`, or what it gave the last time for this kind and key. An entry is believed by its digest alone."""
     path = cache_directory() / kind / digest_bytes(canonical_json(key)).removeprefix("sha256:")
     try:
         digest, _, value = path.read_bytes().partition(b"\n")

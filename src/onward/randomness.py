@@ -6,7 +6,7 @@ import hashlib
 
 
 def derive(seed: int, *purpose: str | int) -> int:
-    """A 63-bit number from the plan's seed and what the draw is for: (stage, "order", epoch), (stage, "micro", step, 3)…
+    """A 63-bit number from the plan's seed and what the draw is for: (stage, "order", epoch), …
 
     SHA-256 over an unambiguous encoding, so that it is the same on every machine and library version.
     """

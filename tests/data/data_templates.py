@@ -1,5 +1,7 @@
 """Chat templates of well-known models, shortened: what a template may do to an assistant turn."""
 
+# ruff: noqa: E501 (a break in a template is text)
+
 QWEN2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"

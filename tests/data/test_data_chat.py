@@ -1,9 +1,9 @@
 import datetime
 
+import data_templates
 import pytest
 from data_helpers import build_tokenizer
 
-import data_templates
 from onward.data.chat import render
 from onward.data.rows import read_conversation
 from onward.data.samples import BadSample
@@ -120,7 +120,11 @@ def test_opening_of_the_generation_prompt_is_not_learnt(tokenizers, origin):
 def test_consecutive_assistant_turns(name, tokenizers, origin):
     messages = [m("user", "Go."), m("assistant", "One."), m("assistant", "Two."), m("assistant", "Two.")]
     pieces = learnt(tokenizers(name), messages, origin)
-    assert [piece.split("<")[0].strip() or piece.split("\n")[-1].split("<")[0] for piece in pieces] == ["One.", "Two.", "Two."]
+    assert [piece.split("<")[0].strip() or piece.split("\n")[-1].split("<")[0] for piece in pieces] == [
+        "One.",
+        "Two.",
+        "Two.",
+    ]
 
 
 def test_contents_that_look_like_the_template(tokenizers, origin):

@@ -11,7 +11,7 @@ from onward.data.encode import BadSample, load_encoder
 from onward.data.images import image_size, load_image
 from onward.errors import InputError
 
-OPTIONS = dict(max_length=200, overlong="error", loss_on="assistant", date="2026-01-31")
+OPTIONS = {"max_length": 200, "overlong": "error", "loss_on": "assistant", "date": "2026-01-31"}
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +26,13 @@ def llava_encoder(llava_model):
 
 def picture(path, text="Which colour?", answer="Red."):
     return ask([{"type": "image", "path": str(path)}, {"type": "text", "text": text}], answer)
+
+
+def in_parts(row):
+    """The row as these templates want it: every content a list of parts."""
+    contents = [m["content"] for m in row["messages"]]
+    parts = [content if isinstance(content, list) else [{"type": "text", "text": content}] for content in contents]
+    return {"messages": [{**m, "content": part} for m, part in zip(row["messages"], parts, strict=True)]}
 
 
 def mask_by_generation_tags(processor, template, row):
@@ -69,7 +76,9 @@ def test_first_token_is_no_target(text_encoder, text_model, origin):
 
 def test_text_parts_equal_text(text_encoder, origin):
     parts = ask([{"type": "text", "text": "One"}, {"type": "text", "text": "two"}], "b")
-    assert np.array_equal(text_encoder.encode(parts, origin).input_ids, text_encoder.encode(ask("One\ntwo", "b"), origin).input_ids)
+    assert np.array_equal(
+        text_encoder.encode(parts, origin).input_ids, text_encoder.encode(ask("One\ntwo", "b"), origin).input_ids
+    )
 
 
 @pytest.mark.parametrize(
@@ -85,7 +94,10 @@ def test_text_parts_equal_text(text_encoder, origin):
         (ask("a", "b", train="no"), "message 2: train is true or false"),
         ({"messages": [{"role": "user", "content": "a", "train": False}]}, "message 1: only an assistant"),
         ({"messages": [{"role": "user", "content": "a"}]}, "no assistant turn to learn"),
-        (ask("a", "b", tool_calls=[{"function": {"name": "f", "arguments": "{"}}]), "message 2: a tool call's arguments"),
+        (
+            ask("a", "b", tool_calls=[{"function": {"name": "f", "arguments": "{"}}]),
+            "message 2: a tool call's arguments",
+        ),
         ({**ask("a", "b"), "tools": "f"}, "tools is not a list"),
         (ask("a \ud800", "b"), "surrogate"),
         (ask([{"type": "image", "path": "a.png"}], "b"), "an image, but this model takes none"),
@@ -126,7 +138,7 @@ def test_image_inputs_are_those_of_the_processor(llava_encoder, llava_processor,
     )
     encoded = llava_encoder.encode(row, origin)
     images = [Image.open(tmp_path / "red.png"), Image.open(tmp_path / "blue.png")]
-    text = llava_processor.apply_chat_template(row["messages"], tokenize=False)
+    text = llava_processor.apply_chat_template(in_parts(row)["messages"], tokenize=False)
     expected = llava_processor(images=images, text=text, return_tensors="np", add_special_tokens=False)
     assert encoded.input_ids.tolist() == expected["input_ids"][0].tolist()
     assert encoded.images.keys() == {"pixel_values"}
@@ -154,15 +166,13 @@ def test_spans_move_with_the_placeholders(llava_processor, tmp_path, origin, nam
     )
     processor.save_pretrained(tmp_path / "model")
     encoder = load_encoder(tmp_path / "model", **OPTIONS)
-    row = {"messages": picture("red.png")["messages"] + ask("no image", "none")["messages"] + picture("red.png")["messages"]}
-    # the oracle wants parts, and four placeholders for each image from the start
-    parts = [
-        {**m, "content": m["content"] if isinstance(m["content"], list) else [{"type": "text", "text": m["content"]}]}
-        for m in row["messages"]
-    ]
-    ids, mask = mask_by_generation_tags(
-        processor, getattr(data_templates, name).replace("<image>", "<image>" * 4), {"messages": parts}
-    )
+    row = {
+        "messages": picture("red.png")["messages"]
+        + ask("no image", "none")["messages"]
+        + picture("red.png")["messages"]
+    }
+    four = getattr(data_templates, name).replace("<image>", "<image>" * 4)
+    ids, mask = mask_by_generation_tags(processor, four, in_parts(row))
     encoded = encoder.encode(row, origin)
     assert encoded.input_ids.tolist() == ids
     learnt, said = encoded.trained.astype(int), np.array(mask)
@@ -289,7 +299,9 @@ def test_fixed_padding_and_truncation_of_a_tokenizer_file_are_not_applied(text_m
     }  # fmt: skip
     (copy / "tokenizer.json").write_text(json.dumps(state))
     row = ask("One?", "Two.")
-    assert np.array_equal(load_encoder(copy, **OPTIONS).encode(row, origin).input_ids, text_encoder.encode(row, origin).input_ids)
+    assert np.array_equal(
+        load_encoder(copy, **OPTIONS).encode(row, origin).input_ids, text_encoder.encode(row, origin).input_ids
+    )
 
 
 def test_directory_without_tokenizer(tmp_path):

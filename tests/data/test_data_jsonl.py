@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,7 +70,9 @@ def test_bad_rows_name_file_and_line(tmp_path, line, reason):
     assert caught.value.sample_id == "d.jsonl:3" and caught.value.where == f"{tmp_path}/d.jsonl:3"
 
 
-@given(st.lists(st.sampled_from([b"", b" ", b"\r", b'{"a":1}', b'{"b":"xxxxxxxxxxxx"}\r', b"  {}", b"x"])), st.booleans())
+@given(
+    st.lists(st.sampled_from([b"", b" ", b"\r", b'{"a":1}', b'{"b":"xxxxxxxxxxxx"}\r', b"  {}", b"x"])), st.booleans()
+)
 @settings(max_examples=200, deadline=None)
 def test_any_chunk_size_gives_the_same_index(tmp_path_factory, lines, newline):
     data = b"\n".join(lines) + (b"\n" if newline else b"")
@@ -103,11 +106,10 @@ def test_index_is_remembered(tmp_path, scans):
 
 def test_damaged_cache_is_rebuilt(tmp_path, scans):
     expected = rows_of(opened(tmp_path / "d.jsonl", b'{"a":1}\n{"a":2}\n'))
-    entries = [path for path in os.scandir(os.environ["ONWARD_CACHE"] + "/jsonl")]
-    assert len(entries) == 1
-    whole = open(entries[0].path, "rb").read()
+    (entry,) = (Path(os.environ["ONWARD_CACHE"]) / "jsonl").iterdir()
+    whole = entry.read_bytes()
     for damage in (b"", whole[:-1], whole[:40], whole[:-5] + b"x" + whole[-4:], b"sha256:\xff\n" + whole[72:]):
-        open(entries[0].path, "wb").write(damage)
+        entry.write_bytes(damage)
         assert rows_of(JsonlFile(tmp_path / "d.jsonl", "d.jsonl")) == expected
     assert len(scans) == 6
 

@@ -119,7 +119,6 @@ def test_no_change_is_bitwise(changed):
         ("stages.sft.data.0.repeat=2", "breaking", "refused"),
         ("stages.sft.data=[b.jsonl]", "breaking", "refused"),
         ("stages.sft.evaluate=null", "acceptable", "refused"),
-        ("stages.last.seed_is_not_a_key=1", None, None),
         ("stages.last.batch_size=4", "forward", "bitwise"),
         ("stages.last.train.language_model.mode=lora", "forward", "bitwise"),
         ("stages.align.learning_rate=1", "breaking", "refused"),  # finished: nothing is left to apply it to
@@ -127,10 +126,6 @@ def test_no_change_is_bitwise(changed):
     ],
 )
 def test_kinds(changed, override, kind, tier):
-    if kind is None:
-        with pytest.raises(PlanError):
-            changed(override)
-        return
     changes = changed(override)
     assert {change.kind for change in changes} == {kind}
     assert judge(changes).tier == tier
@@ -197,7 +192,7 @@ def test_changed_content_breaks_and_names_the_stage():
         ("content.data.last", "breaking"),
         ("content.model", "breaking"),
     ]
-    assert [(c.key, c.kind) for c in fingerprint_changes(old, new, ["align"])][0] == ("content.data.last", "forward")
+    assert [c.kind for c in fingerprint_changes(old, new, ["align"])] == ["forward", "breaking"]
     assert fingerprint_changes(old, json.loads(json.dumps(old))) == []
 
 

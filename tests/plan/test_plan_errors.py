@@ -67,7 +67,9 @@ def test_a_mistake_in_defaults_is_said_once_even_when_every_stage_replaces_it(co
     text = GOOD.replace("stages:", "defaults: {workers: -1}\nstages:")
     expected = ["plan.yaml:2: defaults.workers: must be a whole number of at least 0, not -1"]
     assert complain(text) == expected
-    assert complain(text.replace("epochs: 1", "epochs: 1\n    workers: 2")) == expected
+    text = text.replace("epochs: 1", "epochs: 1\n    workers: 2")
+    assert complain(text) == expected
+    assert complain(text.replace("-1", "'1'")) == [expected[0].replace("-1", "'1'")]
 
 
 @pytest.mark.parametrize(

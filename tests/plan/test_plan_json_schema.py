@@ -1,6 +1,7 @@
 """The published JSON Schema and the loader agree: checked with the jsonschema library."""
 
 import copy
+import json
 
 import jsonschema
 import pytest
@@ -73,8 +74,6 @@ def test_a_typo_in_any_key_fails_for_both(validator, tmp_path, path):
         node = node[part]
     node[f"{path[-1]}x"] = node.pop(path[-1])
     assert not validator.is_valid(value)
-    import json
-
     (tmp_path / "plan.yaml").write_text(json.dumps(value))  # JSON is YAML
     with pytest.raises(PlanError, match="unknown key"):
         load_plan(tmp_path / "plan.yaml")

@@ -100,6 +100,8 @@ def test_where_names_the_line_that_the_user_wrote(load):
     assert {key: loaded.where(*key).removeprefix(str(loaded.path)) for key in where} == where
     assert loaded.where("stages", "sft", "epochs") == "command line: stages.1.epochs=3"
     assert loaded.where("stages", "align", "batch_size") == "command line: defaults.batch_size=16"
+    override = "stages.align.train.projector={mode: full}"
+    assert load(override).where("stages", "align", "train", "projector", "learning_rate") == f"command line: {override}"
 
 
 @pytest.mark.parametrize(
@@ -140,6 +142,13 @@ def test_new_overrides_stand_over_those_of_the_run(load):
     assert (loaded.plan.stages[1].epochs, loaded.plan.seed) == (6, 1)
     assert loaded.overrides == {"seed": 1, "stages.sft.epochs": 6}
     assert load(standing=loaded.overrides).plan == loaded.plan
+
+
+def test_the_newest_override_is_the_last_to_be_applied_the_next_time_too(load):
+    first = load("stages.sft.schedule=linear", "stages.sft.schedule.warmup_steps=9")
+    second = load("stages.sft.schedule=constant", standing=first.overrides)
+    assert second.plan.stages[1].schedule.warmup_steps is None  # the whole mapping was replaced
+    assert load(standing=second.overrides).plan == second.plan
 
 
 def test_epochs_give_way_to_steps_by_null(load):

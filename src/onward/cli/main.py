@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import sys
 from collections.abc import Sequence
 
 from onward import __version__
 from onward.cli import check, look, models, run
+from onward.cli.output import abandon
 from onward.cli.parser import Parser
 from onward.errors import Interrupted, OnwardError, PlanError
 
@@ -33,13 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _command(words)
+        status = _command(words)
+        sys.stdout.flush()
+        return status
     except OnwardError as error:
         return _report(error, as_json="--json" in words)
     except KeyboardInterrupt:
         return _report(Interrupted("interrupted"), as_json="--json" in words)
-    except BrokenPipeError:  # the reader of our output has gone; keep Python from saying so on exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        abandon(sys.stdout)
         return 1
     except OSError as error:  # a directory that may not be written, a full disk
         where = str(error.filename) if error.filename else None
@@ -66,7 +68,7 @@ def _command(words: list[str]) -> int:
     for word in rest:  # argparse takes no further KEY=VALUE once an option stood between
         if word.startswith("-") or "overrides" not in arguments:
             commands.choices[arguments.command].unknown(word)
-        arguments.overrides = [*arguments.overrides, word]
+        arguments.overrides.append(word)
     status: int = arguments.call(arguments)
     return status
 

@@ -39,10 +39,16 @@ def add_commands(commands: Commands) -> None:
 
 
 def merge(arguments: argparse.Namespace) -> int:
+    from onward.model.families import find_family
     from onward.weights.merge import merge_adapter
 
-    base = Path(arguments.base) if arguments.base else None
-    show(merge_adapter(Path(arguments.adapter), base, Path(arguments.out)), as_json=arguments.json)
+    report = merge_adapter(
+        Path(arguments.adapter),
+        Path(arguments.base) if arguments.base else None,
+        Path(arguments.out),
+        to_canonical_for=lambda config: find_family(config, "the base's config.json").to_canonical,
+    )
+    show(report, as_json=arguments.json)
     return 0
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 
 class Report(Protocol):
@@ -21,3 +22,10 @@ def show(report: Report, *, as_json: bool) -> None:
         print(json.dumps(report.to_json(), ensure_ascii=False))
     else:
         print("\n".join(report.lines()))
+
+
+def abandon(stream: TextIO) -> None:
+    """The reader has gone: what is still written goes nowhere, also what Python flushes at its end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)

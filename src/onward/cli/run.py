@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import shlex
 from pathlib import Path
 
 from onward.cli.parser import Commands, add_command, add_json, add_plan
@@ -44,8 +44,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     from onward.run.walk import run_plan
 
+    command = f"onward run {shlex.quote(arguments.plan)}"
+    if arguments.run:
+        command += f" --run {shlex.quote(arguments.run)}"
     with View.of_process(as_json=arguments.json) as view:
-        result = run_plan(loaded, directory, until=arguments.until, accept=arguments.accept, view=view)
+        result = run_plan(loaded, directory, until=arguments.until, accept=arguments.accept, view=view, command=command)
     if arguments.json:
-        print(json.dumps(dataclasses.asdict(result), ensure_ascii=False, default=str))
+        print(json.dumps(result.to_json(), ensure_ascii=False))
     return 0

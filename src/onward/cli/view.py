@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from onward.cli.output import abandon
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -45,6 +47,7 @@ class View:
             try:
                 print(text, file=self._stream, flush=True)
             except OSError:
+                abandon(self._stream)
                 self._stream = None
 
     def stage(self, name: str, index: int, total: int, steps: int, done: int) -> None:

@@ -135,10 +135,8 @@ def prepare(
                 fatal[origin.where] = reason
         used = np.flatnonzero(tokens)
         if Mix((len(used),), (source.repeat,)).samples_per_epoch == 0 and not fatal:
-            left = f", {len(file)} are bad" if len(file) else ""
-            raise InputError(
-                f"gives no samples: {len(used)} usable rows{left}, repeat is {source.repeat:g}", where=str(source.path)
-            )
+            reason = f"{len(used)} of {len(file)} rows are usable, repeat is {source.repeat:g}"
+            raise InputError(f"gives no samples: {reason}", where=str(source.path))
         opened.append(SourceRows(file, used, tokens[used], targets[used], source.repeat, source.augment))
         identities.append(
             {

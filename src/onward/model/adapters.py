@@ -70,7 +70,7 @@ _INJECTED = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern"
 
 
 def adapter_layers(config: Mapping[str, Any], names: Sequence[str], where: str) -> list[LoraLayer]:
-    """The layers of an adapter that onward wrote, from its configuration and PEFT names. DamageError if they disagree."""
+    """The layers of an adapter that onward wrote, by its configuration and names. DamageError if they disagree."""
     layers = sorted(name.removeprefix(PEFT_PREFIX).removesuffix(LORA_A) for name in names if name.endswith(LORA_A))
     if layers != sorted(config["target_modules"]):
         raise DamageError("the adapter's tensors are not those of adapter_config.json", where=where)

@@ -23,7 +23,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class ModelDirectory:
-    """What can be known without torch. `tensors` maps canonical names to entries, `disk_names` to names in the files."""
+    """What is known without torch. `tensors` maps canonical names to entries, `disk_names` to names in the files."""
 
     path: Path
     config: Mapping[str, Any]

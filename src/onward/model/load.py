@@ -21,7 +21,7 @@ class LoadedModel:
 
 
 def load_model(directory: Path, *, precision: str, device: str) -> LoadedModel:
-    """Load a model directory with transformers: weights in fp32, or in bf16 where `precision` and every tensor are bf16.
+    """Load a model directory with transformers: in fp32, or in bf16 where `precision` and every tensor are bf16.
 
     DamageError when a tensor is missing, unknown or of another shape, when a parameter in memory is not one of the
     directory's, and when tensors are tied in memory and not in the configuration, or the other way round.

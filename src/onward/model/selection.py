@@ -17,7 +17,7 @@ PEFT_PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Group:
-    """Parameters that share a learning rate, a weight decay and the optimizer. LoRA parameters go by their PEFT names."""
+    """Parameters that share learning rate, weight decay and optimizer. LoRA parameters go by their PEFT names."""
 
     name: str
     key: str

@@ -81,7 +81,6 @@ def restore(trainable: Trainable, tensors: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in trainable.parameters.items():
             tensor = tensors[name]
             if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype:
-                raise DamageError(
-                    f"tensor {name} is {tuple(tensor.shape)} {tensor.dtype}, not {tuple(parameter.shape)} {parameter.dtype}"
-                )
+                is_, must = f"{tuple(tensor.shape)} {tensor.dtype}", f"{tuple(parameter.shape)} {parameter.dtype}"
+                raise DamageError(f"tensor {name} is {is_}, not {must}")
             parameter.copy_(tensor)

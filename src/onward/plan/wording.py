@@ -18,15 +18,13 @@ from onward.plan.suggest import advice
 
 
 def mistakes(error: ValidationError, value: Any, at: Key = ()) -> Iterator[tuple[Key, str]]:
-    """Each mistake as (key, what is wrong), once. `value` is what was validated; it stands at key `at` of the plan."""
+    """Each mistake as (key, what is wrong). `value` is what was validated; it stands at key `at` of the plan."""
     details = error.errors(include_url=False, include_context=False, include_input=False)
     keys = [_key_in(value, detail["loc"], detail["type"]) for detail in details]
-    seen = set[Key]()
     for detail, key in zip(details, keys, strict=True):
         is_echo = detail["type"] == "too_short" and any(other[: len(key)] == key and other != key for other in keys)
-        if key in seen or is_echo:  # a list that is too short only because its items are wrong
+        if is_echo:  # a list that is too short only because its items are wrong
             continue
-        seen.add(key)
         full = (*at, *key)
         match detail["type"]:
             case "missing":

@@ -27,7 +27,7 @@ from onward.run.journal import attempts, now, write_event
 
 @dataclass(frozen=True)
 class Beginning:
-    """How this start relates to the run: its number, the promise that holds and why, the lock that stands from now on."""
+    """How this start relates to the run: its number, the promise that holds and why, the lock from now on."""
 
     attempt: int
     tier: str
@@ -64,7 +64,7 @@ def open_lock(run: RunDirectory) -> Lock:
         raise DamageError(
             error.message,
             where=error.where,
-            hint="bring the file back; the checkpoints are whole, `onward inspect` shows them. Without the lock nothing can say what they continue",
+            hint="bring the file back: without it nothing says what the checkpoints, which are untouched, continue",
         ) from None
 
 
@@ -77,7 +77,7 @@ def judge_changes(
     accept: Collection[str],
     command: str,
 ) -> Judgement:
-    """Compare a run with what it would be now. Refused, nothing changed, when the difference is not free or accepted."""
+    """Compare a run with what it would be now. Refused, nothing changed, unless all of it is free or accepted."""
     begun, finished = progress_of(read_jsonl(run.journal))
     changes = [
         *plan_changes(locked_plan(lock), plan, begun, finished),
@@ -106,6 +106,7 @@ def conditions(lock: Lock) -> str:
 
 def begin(run: RunDirectory, loaded: LoadedPlan, lock: Lock) -> Beginning:
     """Write the run's first files; plan.lock.json last, since it makes the directory a run."""
+    run.clear()
     write_durably(run.plan, loaded.path.read_bytes())
     write_lock(run.lock, lock)
     reasons = ["a new run; every later start with the same plan, environment and topology continues it bit for bit"]
@@ -126,6 +127,7 @@ def go_on(
     measured: dict[str, dict[str, int]],
 ) -> Beginning:
     """Record what changed and continue."""
+    run.clear()
     events = read_jsonl(run.journal)
     attempt = attempts(events) + 1
     amendments = [_amendment(change, attempt, events) for change in judgement.applied]

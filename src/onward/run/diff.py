@@ -53,7 +53,7 @@ class DiffReport:
 
 
 def diff(a: Path, b: Path) -> DiffReport:
-    """Compare two of a kind. Names of directories, times and attempts do not count. PlanError when there is nothing there."""
+    """Compare two of a kind; names of directories, times and attempts do not count. PlanError when nothing is there."""
     for path in (a, b):
         if not path.exists():
             raise PlanError("no such file or directory", where=str(path))

@@ -14,7 +14,7 @@ LOCK, PLAN, HOLD = "plan.lock.json", "plan.yaml", "run.hold"
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The paths of one run; nothing here touches the disk but `state`."""
+    """The paths of one run; nothing here touches the disk but `clear` and `state`."""
 
     path: Path
 
@@ -49,6 +49,12 @@ class RunDirectory:
 
     def output(self, names: Sequence[str], name: str) -> Path:
         return self.stage(names, name) / "output"
+
+    def clear(self) -> None:
+        """Delete what a crash left of the files above. Only for the process that holds the run."""
+        for name in (LOCK, PLAN):
+            for path in self.path.glob(f"{PARTIAL}{name}-????????"):
+                path.unlink()
 
     def state(self) -> str:
         """`new` (nothing there, or a beginning cut short) or `run`. Refused for anything else: it is not ours."""

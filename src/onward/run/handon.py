@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onward.checkpoint.manifest import Manifest, describe_files, write_file, write_manifest
+from onward.checkpoint.manifest import Manifest, write_file, write_manifest
 from onward.checkpoint.read import open_checkpoint
+from onward.checkpoint.removal import belongs_to, claim, discard, release
 from onward.checkpoint.save import Adapter
 from onward.checkpoint.tensorfile import write_tensors
 from onward.errors import TrainingError
-from onward.files import committed_directory, require_space
+from onward.files import PARTIAL, committed_directory, require_space
 from onward.model.directory import open_model_directory
 from onward.plan.schema import Stage
 from onward.run.directory import checkpoint_name
@@ -89,7 +90,9 @@ def hand_on(session: Session, result: Result) -> None:
     is_merged = stage.output.form == "merged"
     size = merge_bytes(result.start.base) if is_merged else sum(tensor.nbytes for tensor in tensors)
     require_space(output, size, f"the output of stage {stage.name}")
+    _clear(output.parent, session.lock.run_id)
     with committed_directory(output) as partial:
+        claim(partial, session.lock.run_id)
         agreement = {}
         if is_merged:
             opened = open_model_directory(result.start.base)
@@ -113,12 +116,20 @@ def hand_on(session: Session, result: Result) -> None:
             samples_seen=result.samples,
             base=result.start.fingerprint,
             names=session.names(),
-            files=describe_files(partial, known),
+            files=tuple(sorted(known, key=lambda record: record.path)),
             environment=session.lock.environment,
         )
         write_manifest(partial, manifest)
+        release(partial)
     event = {"stage": stage.name, "step": result.step, "form": stage.output.form, **agreement}
     write_event(session.directory.journal, "output", attempt=session.attempt, **event)
+
+
+def _clear(stage: Path, run_id: str) -> None:
+    """Delete what a crash left of an output that this run was writing."""
+    for path in stage.glob(f"{PARTIAL}*"):
+        if belongs_to(path, run_id):
+            discard(path)
 
 
 def _agreement(session: Session, result: Result, model: Path, share: float) -> dict[str, float]:

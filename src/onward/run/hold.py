@@ -21,10 +21,13 @@ _HELD: set[Path] = set()  # by this process: a record lock does not keep a proce
 
 @contextmanager
 def hold(path: Path, note: Callable[[str], None]) -> Iterator[None]:
-    """Hold the run while the block runs. Refused when another process holds it; an abandoned hold is taken over, and said.
+    """Hold the run while the block runs.
+
+    Refused when another process holds it; an abandoned hold is taken over, and said.
 
     On one host the kernel decides: a record lock, which ends with its process and which data-loader workers do not
-    inherit, so that one of them left over does not keep a run closed. Across hosts the heartbeat (the file's mtime) decides.
+    inherit, so that one of them left over does not keep a run closed. Across hosts the heartbeat (the file's mtime)
+    decides.
     """
     if path.resolve() in _HELD:
         _refuse(path, {"host": socket.gethostname(), "process": os.getpid()}, "is running")

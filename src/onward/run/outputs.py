@@ -70,7 +70,7 @@ def carried_from(directory: Path | None) -> Carried:
 def as_peft(
     config: Mapping[str, Any], adapters: Mapping[str, torch.Tensor], full: Mapping[str, torch.Tensor]
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """PEFT's form of adapters and fully trained modules together: the latter are its `modules_to_save`, layer by layer."""
+    """PEFT's form of adapters and fully trained modules: the latter are its `modules_to_save`, layer by layer."""
     layers = sorted({name.rpartition(".")[0] for name in full})
     tensors = {**adapters, **{PEFT_PREFIX + name: tensor for name, tensor in full.items()}}
     return {**config, "modules_to_save": layers or None}, tensors

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def reopened_logits(
     model: Path, batch: Mapping[str, torch.Tensor], *, precision: str, device: str, threads: int
 ) -> torch.Tensor:
-    """Logits [tokens, vocabulary] of the model directory for `batch`, computed by a new process that loads it from disk."""
+    """Logits [tokens, vocabulary] of the model directory for `batch`, from a new process that loads it from disk."""
     from onward.checkpoint.tensorfile import read_tensors, write_tensors
 
     with tempfile.TemporaryDirectory(prefix="onward-reopen-") as scratch:

@@ -1,4 +1,4 @@
-"""A plan against its model: what each stage trains, found from headers alone. Whatever is wrong is found here, before it costs time."""
+"""A plan against its model: what each stage trains, found from headers alone, before it costs time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ class Resolved:
 
 
 def resolve(loaded: LoadedPlan) -> Resolved:
-    """Find the model, its parameters, the data. One PlanError with every mistake; InputError or DamageError for the model."""
+    """Find the model, its parameters, the data.
+
+    One PlanError with every mistake; InputError or DamageError for the model.
+    """
     model = open_model_directory(model_directory(loaded))
     problems: list[str] = []
     stages = []
@@ -124,7 +127,8 @@ def _fits_what_is_carried(selection: Selection, carried: Mapping[str, LoraLayer]
         key = selection.owner[layer.layer + ".weight"]
         if before and (before.rank, before.alpha) != (layer.rank, layer.alpha) and key:
             raise PlanError(
-                f"goes on with adapters of rank {before.rank}, alpha {before.alpha:g}; the plan says rank {layer.rank}, alpha {layer.alpha:g}",
+                f"goes on with adapters of rank {before.rank}, alpha {before.alpha:g}, "
+                f"not rank {layer.rank}, alpha {layer.alpha:g}",
                 where=where[key],
                 hint=hint,
             )

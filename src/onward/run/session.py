@@ -49,6 +49,10 @@ class Session:
     def events(self) -> list[dict[str, Any]]:
         return read_jsonl(self.directory.journal)
 
+    def told(self, event: str, stage: str | None = None) -> bool:
+        """Does the journal have this event (of this stage)?"""
+        return any(e["event"] == event and (stage is None or e["stage"] == stage) for e in self.events())
+
     def names(self) -> dict[str, Any]:
         """Which naming of parameters the checkpoints use."""
         return {"family": self.resolved.model.family.name, "version": self.resolved.model.family.version}

@@ -63,7 +63,7 @@ class LiveStage:
 
 
 def set_up(session: Session, number: int, start: Start) -> LiveStage:
-    """Load the stage's base, make it ready to learn, and put the newest verified checkpoint in place if there is one."""
+    """Load the stage's base, make it ready to learn, put the newest verified checkpoint in place if there is one."""
     from onward.engine.single import Single
     from onward.model.load import linear_weights, load_model
     from onward.model.selection import select
@@ -98,11 +98,12 @@ def set_up(session: Session, number: int, start: Start) -> LiveStage:
     if checkpoint is not None:
         put_in_place(live, checkpoint)
         _check_probe(session, live)
+        _retire(session, live)  # a crash may have come between a commit and this
     return live
 
 
 def _newest(session: Session, live: LiveStage) -> Checkpoint | None:
-    """The newest verified checkpoint. Refused when checkpoints were committed and none verifies: never silently from the start."""
+    """The newest verified checkpoint. Refused when some were committed and none verifies: never in silence from 0."""
     committed = [e["step"] for e in session.events() if e["event"] == "committed" and e["stage"] == live.plan.name]
     checkpoint, damages = newest_verified(live.checkpoints, session.lock.run_id, live.plan.name)
     for damage in damages:
@@ -116,7 +117,7 @@ def _newest(session: Session, live: LiveStage) -> Checkpoint | None:
         )
     if committed and found < max(committed):
         session.view.note(
-            f"step {max(committed)} was committed and cannot be used; going on from step {found}, the newest that verifies"
+            f"step {max(committed)} was committed and cannot be used: going on from step {found}, the newest verified"
         )
     if checkpoint and checkpoint.manifest.base != live.start.fingerprint:
         raise Refused(
@@ -151,15 +152,14 @@ def _check_probe(session: Session, live: LiveStage) -> None:
         return
     again = live.probe()
     same = (saved["loss"], saved["next_learning_rates"]) == (again["loss"], again["next_learning_rates"])
-    session.view.note(
-        f"probe at step {saved['step']}: loss {saved['loss']!r} when saved, {again['loss']!r} now{'' if same else ': DIFFERENT'}"
-    )
+    now = repr(again["loss"]) + ("" if same else ", DIFFERENT")
+    session.view.note(f"probe at step {saved['step']}: loss {saved['loss']!r} when saved, {now} now")
     if not same and session.tier == "bitwise":
         write_event(session.directory.journal, "probe_differs", stage=live.plan.name, saved=saved, now=again)
         raise TrainingError(
-            f"the probe of step {saved['step']} gives {again['loss']!r}, it gave {saved['loss']!r}: this is not the state that was saved",
+            f"the probe of step {saved['step']} gives {again['loss']!r}, not {saved['loss']!r} as when it was saved",
             where=str(live.checkpoints),
-            hint="what computes differently here? `onward verify` checks the bytes; an earlier checkpoint may still be right",
+            hint="does something compute differently here? onward verify RUN checks the bytes",
         )
 
 
@@ -256,9 +256,13 @@ def _compare_replay(session: Session, before: dict[str, Any], again: dict[str, A
         raise TrainingError(
             f"step {again['step']} of stage {again['stage']} was trained before, and now differs in {', '.join(odd)}",
             where=str(session.directory.metrics),
-            hint=f"before: { ({name: before.get(name) for name in odd}) }\n  now:    { ({name: again.get(name) for name in odd}) }\n"
+            hint=f"before: {_only(before, odd)}\n  now:    {_only(again, odd)}\n"
             "  something here is not deterministic; the last checkpoint is untouched",
         )
+
+
+def _only(row: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    return {name: row.get(name) for name in names}
 
 
 def save(session: Session, live: LiveStage) -> None:
@@ -293,8 +297,17 @@ def save(session: Session, live: LiveStage) -> None:
             os.fsync(file.fileno())
     manifest = save_checkpoint(snapshot, directory)
     write_event(session.directory.journal, "committed", attempt=session.attempt, stage=stage.name, step=manifest.step)
-    keep = session.resolved.loaded.plan.checkpoint.keep
-    best = [progress.best["step"]] if progress.best and (keep.best or stage.output.from_ == "best") else []
+    _retire(session, live)
+
+
+def _retire(session: Session, live: LiveStage) -> None:
+    """Delete the checkpoints that newer ones supersede, and what crashed saves have left."""
+    keep, best = session.resolved.loaded.plan.checkpoint.keep, live.training.progress.best
+    is_kept = keep.best or live.plan.output.from_ == "best"
     retire(
-        live.checkpoints, session.lock.run_id, keep_last=keep.last, keep_every=keep.every, best_steps=best, pinned=[]
+        live.checkpoints,
+        session.lock.run_id,
+        keep_last=keep.last,
+        keep_every=keep.every,
+        best_steps=[best["step"]] if best and is_kept else [],
     )

@@ -105,36 +105,36 @@ def run_plan(
 
 
 def _walk(session: Session, until: str | None, reasons: list[str]) -> RunResult:
-    """Stage after stage: a verified output means done, anything else is trained to its end and handed on."""
-    names, trained, told = session.resolved.names, 0, []
-    first = next((n for n, name in enumerate(names) if not session.directory.output(names, name).exists()), len(names))
-    start = _start(session, first)
-    status = "finished"
+    """Stage after stage: one that has handed on its output is done, any other is trained to its end and hands on."""
+    names, told = session.resolved.names, []
     for number, name in enumerate(names):
-        steps = 0
-        if number >= first:
+        output, trained = session.directory.output(names, name), 0
+        if output.exists():
+            _tell_output(session, name, output)
+        else:
             session.stop_if_asked()
-            steps = _stage(session, number, start)
-            trained += steps
-            start = _start(session, number + 1)
-        told.append(
-            {
-                "stage": name,
-                "steps": session.inputs[name].total_steps,
-                "steps_trained": steps,
-                "output": str(session.directory.output(names, name)),
-            }
-        )
-        if name == until and number + 1 < len(names):
-            status = "until"
+            trained = _stage(session, number, _start(session, number))
+        steps = session.inputs[name].total_steps
+        told.append({"stage": name, "steps": steps, "steps_trained": trained, "output": str(output)})
+        if name == until:
             break
-    events = session.events()
-    if status == "finished" and not any(event["event"] == "finished" for event in events):
+    final = _start(session, len(told))
+    is_finished = len(told) == len(names)
+    if is_finished and not session.told("finished"):
         write_event(session.directory.journal, "finished", attempt=session.attempt)
-    session.view.done(
-        f"{'finished' if status == 'finished' else f'stage {until} is done'}, {trained} steps trained; {start.adapters or start.base}"
-    )
-    return RunResult(status, trained, session.tier, reasons, told, str(session.directory.path))
+    total = sum(stage["steps_trained"] for stage in told)
+    word = "finished" if is_finished else f"stage {until} is done"
+    session.view.done(f"{word}, {total} steps trained: {final.adapters or final.base}")
+    status = "finished" if is_finished else "until"
+    return RunResult(status, total, session.tier, reasons, told, str(session.directory.path))
+
+
+def _tell_output(session: Session, stage: str, output: Path) -> None:
+    """Write the journal line of an output that a crash came behind."""
+    if not session.told("output", stage):
+        step = read_manifest(output).step
+        form = session.resolved.loaded.plan.stages[session.resolved.names.index(stage)].output.form
+        write_event(session.directory.journal, "output", attempt=session.attempt, stage=stage, step=step, form=form)
 
 
 def _start(session: Session, number: int) -> Start:
@@ -150,7 +150,7 @@ def _start(session: Session, number: int) -> Start:
             raise DamageError(
                 error.message,
                 where=error.where,
-                hint=f"the output of stage {name} is damaged. Delete {output}: the same command makes it again from the stage's last checkpoint",
+                hint=f"delete {output}: the same command makes it again, from the last checkpoint of stage {name}",
             ) from None
         if (output / "adapter_config.json").exists() and not (output / "config.json").exists():
             adapters, adapters_print = output, content_fingerprint(manifest)
@@ -171,7 +171,7 @@ def _stage(session: Session, number: int, start: Start) -> int:
 
     name = session.resolved.names[number]
     steps = session.inputs[name].total_steps
-    if not any(event["event"] == "stage_started" and event["stage"] == name for event in session.events()):
+    if not session.told("stage_started", name):
         event = {"stage": name, "steps": steps, "base": start.fingerprint}
         write_event(session.directory.journal, "stage_started", attempt=session.attempt, **event)
     live = set_up(session, number, start)

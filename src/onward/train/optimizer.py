@@ -32,7 +32,7 @@ def make_optimizer(
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
 ) -> dict[tuple[str, str], torch.Tensor]:
-    """(parameter, slot) → tensor: what the optimizer remembers. Live tensors, not copies; empty before the first step."""
+    """(parameter, slot) → tensor: what the optimizer remembers. Live tensors; none before the first step."""
     return {
         (name, slot): value
         for name, parameter in parameters.items()

@@ -1,0 +1,293 @@
+"""`onward check`: what a plan would do, found out without training."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onward.model.selection import Selection
+from onward.plan.load import LoadedPlan
+from onward.plan.schema import CheckpointPlan
+from onward.run.begin import judge_changes, open_lock
+from onward.run.directory import RunDirectory
+from onward.run.environment import environment
+from onward.run.inputs import StageInputs, fingerprints, prepare_inputs
+from onward.run.resolve import Resolved, ResolvedStage, resolve
+from onward.weights.merge import merge_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FP32 = 4
+ADAM_SLOTS = 2  # exp_avg and exp_avg_sq, each as large as the parameter
+
+
+@dataclass(frozen=True)
+class ModuleCheck:
+    """One key of `train`, or what no key names: how it is trained, its tensors and parameters in the model."""
+
+    key: str
+    mode: str
+    tensors: int
+    parameters: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class GroupCheck:
+    """One group: tensors, parameters, learning rate at the schedule's top, weight decay."""
+
+    name: str
+    tensors: int
+    parameters: int
+    learning_rate: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class StageCheck:
+    """One stage. Bytes: one checkpoint, all that retention lets stand at once, the output; memory while training."""
+
+    name: str
+    modules: tuple[ModuleCheck, ...]
+    groups: tuple[GroupCheck, ...]
+    samples: int
+    epochs: int | None
+    steps: int
+    batch_size: int
+    tokens: int
+    target_tokens: int
+    longest: int
+    skipped: int
+    schedule: str
+    evaluation_samples: int
+    checkpoint_bytes: int
+    checkpoints_bytes: int
+    output_bytes: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """A plan that is right. `samples`: shown samples as (id, pieces of text with whether they are learnt)."""
+
+    plan: str
+    model: str
+    family: str
+    parameters: int
+    promise: str
+    stages: tuple[StageCheck, ...]
+    disk_bytes: int
+    free_bytes: int
+    warnings: tuple[str, ...]
+    samples: tuple[tuple[str, tuple[tuple[str, bool], ...]], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> Iterator[str]:
+        yield f"{self.plan}: {self.family} model {self.model}, {_count(self.parameters)} parameters"
+        for number, stage in enumerate(self.stages, start=1):
+            yield ""
+            yield from _stage_lines(number, stage)
+        yield ""
+        yield f"disk: {_bytes(self.disk_bytes)} for checkpoints and outputs, {_bytes(self.free_bytes)} free"
+        yield f"promise: {self.promise}"
+        yield from (f"warning: {warning}" for warning in self.warnings)
+        for sample_id, pieces in self.samples:
+            yield ""
+            yield f"{sample_id} (learnt: ‹ ›)"
+            yield "".join(f"‹{text}›" if learnt else text for text, learnt in pieces)
+
+
+def _stage_lines(number: int, stage: StageCheck) -> Iterator[str]:
+    yield f"stage {number} {stage.name}"
+    yield from _table(
+        ("module", "how", "tensors", "parameters", ""),
+        [(m.key, m.mode, str(m.tensors), _count(m.parameters), m.detail) for m in stage.modules],
+    )
+    yield from _table(
+        ("group", "tensors", "trained", "learning rate", "weight decay"),
+        [
+            (g.name, str(g.tensors), _count(g.parameters), f"{g.learning_rate:g}", f"{g.weight_decay:g}")
+            for g in stage.groups
+        ],
+    )
+    length = f"{stage.epochs} epochs of {stage.samples:,} samples" if stage.epochs else f"{stage.samples:,} samples"
+    yield f"  {stage.steps:,} steps of {stage.batch_size} samples ({length}); {stage.schedule}"
+    yield f"  {stage.tokens:,} tokens, {stage.target_tokens:,} of them learnt; longest sample {stage.longest:,} tokens"
+    if stage.skipped:
+        yield f"  {stage.skipped:,} samples are left out"
+    if stage.evaluation_samples:
+        yield f"  measured on {stage.evaluation_samples:,} held-out samples"
+    yield (
+        f"  a checkpoint takes {_bytes(stage.checkpoint_bytes)}, all that are kept {_bytes(stage.checkpoints_bytes)}, "
+        f"the output {_bytes(stage.output_bytes)}"
+    )
+    yield f"  memory for weights, gradients and optimizer: {_bytes(stage.memory_bytes)}"
+
+
+def check_plan(loaded: LoadedPlan, *, show: int = 0, run: Path | None = None) -> CheckReport:
+    """All that `run` would find out before its first step, and the errors it would give; writes nothing but caches."""
+    resolved = resolve(loaded)
+    directory = run or Path("runs") / loaded.name
+    warnings: list[str] = []
+    inputs = prepare_inputs(resolved, date.today().isoformat(), lambda text: None)
+    stages = tuple(_stage(resolved, stage, inputs[stage.plan.name]) for stage in resolved.stages)
+    disk = sum(stage.checkpoints_bytes + stage.output_bytes for stage in stages)
+    free = shutil.disk_usage(_existing(directory)).free
+    if disk > free:
+        warnings.append(f"the disk of {directory} has too little space for this plan")
+    for name, stage in inputs.items():
+        if not stage.encoder.template.has_end_token:
+            warnings.append(
+                f"stage {name}: the chat template ends no turn with an end token: the model will not learn to stop"
+            )
+    return CheckReport(
+        plan=str(loaded.path),
+        model=str(resolved.model.path),
+        family=resolved.model.family.name,
+        parameters=sum(math.prod(entry.shape) for entry in resolved.model.parameters().values()),
+        promise=_promise(loaded, directory, resolved, inputs),
+        stages=stages,
+        disk_bytes=disk,
+        free_bytes=free,
+        warnings=tuple(warnings),
+        samples=tuple(_shown(next(iter(inputs.values())), show)),
+    )
+
+
+def _promise(loaded: LoadedPlan, directory: Path, resolved: Resolved, inputs: Mapping[str, StageInputs]) -> str:
+    """What a start of this plan in its run directory would be told. Refused when it would be refused."""
+    run = RunDirectory(directory)
+    if run.state() == "new":
+        if loaded.plan.deterministic:
+            return f"bitwise: a new run in {directory}, exact after any interruption"
+        return f"state-exact: a new run in {directory}; deterministic: false, so sums may come in another order"
+    content = fingerprints(resolved, inputs)
+    judgement = judge_changes(
+        run, open_lock(run), loaded.plan, environment(loaded.plan), content, (), f"onward run {loaded.path}"
+    )
+    return f"{judgement.tier}: continues {directory} ({'; '.join(judgement.reasons)})"
+
+
+def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> StageCheck:
+    plan, selection = stage.plan, stage.selection
+    trained = sum(group.count for group in selection.groups)
+    tensors = sum(len(group.parameters) for group in selection.groups)
+    checkpoint = trained * FP32 * (1 + ADAM_SLOTS) + tensors * 1024
+    keep = resolved.loaded.plan.checkpoint
+    epochs_run = inputs.total_steps / math.ceil(inputs.data.samples_per_epoch / plan.batch_size)
+    frozen = sum(entry.nbytes for entry in resolved.model.tensors.values())
+    base = merge_bytes(resolved.model.path) if plan.output.form == "merged" else trained * FP32
+    warmup = plan.schedule.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(inputs.total_steps * (plan.schedule.warmup_ratio or 0.0))
+    return StageCheck(
+        name=plan.name,
+        modules=tuple(_modules(resolved, stage, selection)),
+        groups=tuple(
+            GroupCheck(g.name, len(g.parameters), g.count, g.learning_rate, g.weight_decay) for g in selection.groups
+        ),
+        samples=inputs.data.samples_per_epoch,
+        epochs=plan.epochs,
+        steps=inputs.total_steps,
+        batch_size=plan.batch_size,
+        tokens=round(inputs.data.tokens_per_epoch * epochs_run),
+        target_tokens=round(inputs.data.targets_per_epoch * epochs_run),
+        longest=inputs.data.longest,
+        skipped=len(inputs.data.skipped),
+        schedule=f"{plan.schedule.name}, {warmup} steps of warm-up",
+        evaluation_samples=inputs.evaluation.rows if inputs.evaluation else 0,
+        checkpoint_bytes=checkpoint,
+        checkpoints_bytes=checkpoint * (_kept(keep, inputs.total_steps) + 1),  # one is written before one goes
+        output_bytes=base,
+        memory_bytes=frozen + trained * FP32 * (2 + ADAM_SLOTS),
+    )
+
+
+def _kept(plan: CheckpointPlan, steps: int) -> int:
+    saves = math.ceil(steps / plan.every)
+    for_good = steps // math.lcm(plan.every, plan.keep.every) if plan.keep.every else 0
+    return min(saves, plan.keep.last + plan.keep.best + for_good)
+
+
+def _modules(resolved: Resolved, stage: ResolvedStage, selection: Selection) -> Iterator[ModuleCheck]:
+    entries = resolved.model.parameters()
+    for key, train in stage.plan.train.items():
+        mine = [entries[name] for name, owner in selection.owner.items() if owner == key]
+        detail = ""
+        if train.mode == "lora":
+            layers = [layer for layer in selection.lora if selection.owner[layer.layer + ".weight"] == key]
+            detail = f"rank {train.rank}, alpha {layers[0].alpha:g}, dropout {train.dropout:g} on {len(layers)} layers"
+        yield ModuleCheck(key, train.mode, len(mine), sum(math.prod(entry.shape) for entry in mine), detail)
+    rest = [entries[name] for name, owner in selection.owner.items() if owner is None]
+    if rest:
+        yield ModuleCheck("everything else", "frozen", len(rest), sum(math.prod(entry.shape) for entry in rest), "")
+
+
+def _shown(inputs: StageInputs, count: int) -> Iterator[tuple[str, tuple[tuple[str, bool], ...]]]:
+    """The first samples, as runs of tokens that are learnt or not; image tokens are counted instead of written out."""
+    from onward.data.order import Draw
+
+    data, encoder = inputs.data, inputs.encoder
+    for row in range(min(count, data.rows)):
+        draw = Draw(0, row, 0)
+        sample = encoder.encode(data.row(draw), data.origin(draw))
+        pieces, begin = [], 0
+        for end in range(1, len(sample.input_ids) + 1):
+            if end == len(sample.input_ids) or sample.trained[end] != sample.trained[begin]:
+                pieces.append((_text(encoder, sample.input_ids[begin:end]), bool(sample.trained[begin])))
+                begin = end
+        yield sample.sample_id, tuple(pieces)
+
+
+def _text(encoder: Any, ids: np.ndarray) -> str:
+    image = encoder.tokenizer.convert_tokens_to_ids(encoder.processor.image_token) if encoder.processor else None
+    pieces: list[str] = []
+    run: list[int] = []
+    for token in [*ids.tolist(), None]:
+        if run and (token is None or (token == image) != (run[-1] == image)):
+            pieces.append(f"[{len(run)} image tokens]" if run[-1] == image else encoder.tokenizer.decode(run))
+            run = []
+        if token is not None:
+            run.append(token)
+    return "".join(pieces)
+
+
+def _existing(path: Path) -> Path:
+    while not path.exists():
+        path = path.absolute().parent
+    return path
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Columns of text, numbers to the right."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    for row in [head, *rows]:
+        cells = [
+            cell.rjust(width)
+            if any(c.isdigit() for c in rows[0][number]) and number and head[number]
+            else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        yield ("  " + "  ".join(cells)).rstrip()
+
+
+def _count(number: int) -> str:
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)
+
+
+def _bytes(number: int) -> str:
+    for size, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number} B"

@@ -1,0 +1,117 @@
+import shutil
+from dataclasses import replace
+
+import checkpoint_snapshots as snaps
+import pytest
+import torch
+
+from onward.checkpoint.manifest import Manifest, Slice, TensorRecord, describe_files, write_manifest
+from onward.checkpoint.read import list_checkpoints, newest_verified, open_checkpoint
+from onward.checkpoint.tensorfile import write_tensors
+from onward.checkpoint.verify import verify_directory
+from onward.errors import DamageError, InputError, Refused
+
+
+def test_the_newest_is_found_by_its_manifest_not_by_its_name(tmp_path):
+    for step in (100, 200, 300):
+        snaps.save(tmp_path, step)
+    snaps.place(tmp_path, 300).rename(tmp_path / "a-moved-one")
+    snaps.place(tmp_path, 100).rename(snaps.place(tmp_path, 999))
+    found, passed = newest_verified(tmp_path, snaps.RUN)
+    assert found.manifest.step == 300 and found.directory.name == "a-moved-one" and passed == []
+    assert [manifest.step for _, manifest in list_checkpoints(tmp_path)] == [100, 200, 300]
+
+
+def test_junk_partials_and_other_runs_are_passed_over(tmp_path):
+    snaps.save(tmp_path, 100)
+    shutil.copytree(snaps.place(tmp_path, 100), tmp_path / ".partial-step-000900-abc")
+    snaps.save(tmp_path, 200, run_id="run-two")
+    snaps.save(tmp_path, 300, stage="sft")
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "step-000950").mkdir()
+    (tmp_path / "step-000960").write_text("a file")
+    found, passed = newest_verified(tmp_path, snaps.RUN, stage="align")
+    assert found.manifest.step == 100
+    assert {damage.path.name: damage.reason.split(" (")[0] for damage in passed} == {
+        "step-000950": "has no manifest.json",
+        "step-000200": "belongs to another run",
+        "step-000300": "belongs to another stage",
+    }
+
+
+def test_nothing_there_is_nothing_found(tmp_path):
+    assert newest_verified(tmp_path / "missing", snaps.RUN) == (None, [])
+    assert list_checkpoints(tmp_path / "missing") == []
+
+
+def test_identity_is_checked(tmp_path):
+    directory = snaps.save(tmp_path, 100)
+    with pytest.raises(Refused, match="another run"):
+        open_checkpoint(directory, run_id="run-two")
+    with pytest.raises(Refused, match="another stage"):
+        open_checkpoint(directory, stage="sft")
+
+
+def _manifest(**fields) -> Manifest:
+    common = {"run_id": "r", "stage": "s", "step": 1, "samples_seen": 1, "base": "sha256:0", "names": {}}
+    return Manifest(**{"kind": "checkpoint", **common, **fields})
+
+
+def test_an_output_verifies_and_is_no_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "chat.jinja").write_text("x")
+    record = write_tensors(tmp_path / "model.safetensors", {"a": torch.ones(3)})
+    files = describe_files(tmp_path, known=[record])
+    assert [file.path for file in files] == ["config.json", "model.safetensors", "sub/chat.jinja"]
+    write_manifest(tmp_path, _manifest(kind="output", files=files))
+    assert verify_directory(tmp_path) == []
+    with pytest.raises(InputError, match="output"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "sub" / "chat.jinja").write_text("y")
+    assert [problem.path for problem in verify_directory(tmp_path)] == [tmp_path / "sub" / "chat.jinja"]
+
+
+def _sliced(directory, boxes):
+    """A checkpoint of one tensor of shape [4, 6], written by several ranks: one file for each (offset, shape)."""
+    directory.mkdir()
+    whole = torch.arange(24.0).reshape(4, 6)
+    slices, files = [], []
+    for rank, ((row, column), (rows, columns)) in enumerate(boxes):
+        name = f"weights-{rank:05d}.safetensors"
+        part = whole[row : row + rows, column : column + columns].contiguous()
+        files.append(write_tensors(directory / name, {"w": part}))
+        slices.append(Slice(name, "w", (row, column), tuple(part.shape)))
+    record = TensorRecord("w", "weight", "F32", (4, 6), tuple(slices))
+    write_manifest(directory, _manifest(files=tuple(files), tensors=(record,)))
+    return whole
+
+
+def test_a_tensor_in_slices_of_several_files_is_put_together(tmp_path):
+    whole = _sliced(tmp_path / "c", [((0, 0), (2, 6)), ((2, 0), (2, 4)), ((2, 4), (2, 2))])
+    assert torch.equal(open_checkpoint(tmp_path / "c").weights()["w"], whole)
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        [((0, 0), (2, 6)), ((1, 0), (2, 6))],  # overlap, and a gap of the same size
+        [((0, 0), (2, 6))],  # a gap
+        [((0, 0), (4, 6)), ((0, 0), (4, 6))],  # twice
+    ],
+)
+def test_slices_that_do_not_tile_are_damage(tmp_path, boxes):
+    _sliced(tmp_path / "c", boxes)
+    with pytest.raises(DamageError, match="slices"):
+        open_checkpoint(tmp_path / "c")
+
+
+def test_slices_outside_the_tensor_are_damage(tmp_path):
+    directory = snaps.save(tmp_path, 100)
+    manifest = open_checkpoint(directory).manifest
+    first = manifest.tensors[0]
+    moved = replace(first, slices=(replace(first.slices[0], offset=(1, 0)),))
+    (directory / "manifest.json").unlink()
+    write_manifest(directory, replace(manifest, tensors=(moved, *manifest.tensors[1:])))
+    with pytest.raises(DamageError, match="slices"):
+        open_checkpoint(directory)

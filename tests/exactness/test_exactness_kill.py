@@ -1,0 +1,88 @@
+"""Killed anywhere, as often as you like: the same command ends at the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from harness import KILLED, Killer, assert_identical, kill_at, start
+
+from onward.files import read_jsonl
+from onward.run.journal import attempts
+
+# 22 rows, 6 a step: 4 steps an epoch, the last of 4 samples; stage 1 has 8 steps, stage 2 has 4; a checkpoint every 3
+LAST = {"learn": 8, "adapt": 4}
+
+
+@pytest.mark.parametrize("kind", ["llava", "text"])
+def test_killed_once_in_each_stage(place: Path, reference: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    plan, run = place / f"{kind}.yaml", tmp_path / "run"
+    assert start(plan, run, view=Killer(("learn", 5))) == KILLED
+    assert start(plan, run, view=Killer(("adapt", 2))) == KILLED
+    assert start(plan, run) == 0
+    assert_identical(reference[kind], run)
+    assert attempts(read_jsonl(run / "journal.jsonl")) == 3
+
+
+def test_killed_at_every_step(place: Path, reference: dict[str, Path], tmp_path: Path) -> None:
+    """One run that dies at each of its steps, one after the other: twelve kills."""
+    plan, run = place / "text.yaml", tmp_path / "run"
+    for stage, last in LAST.items():
+        for step in range(1, last + 1):
+            assert start(plan, run, view=Killer((stage, step))) == KILLED, (stage, step)
+    assert start(plan, run) == 0
+    assert_identical(reference["text"], run)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_change_nothing(place: Path, reference: dict[str, Path], tmp_path: Path, workers: int) -> None:
+    plan, run = place / "llava.yaml", tmp_path / "run"
+    assert start(plan, run, f"defaults.workers={workers}", view=Killer(("learn", 4))) == KILLED
+    assert start(plan, run, f"defaults.workers={2 - workers}") == 0
+    report = diff_but_for_plan(reference["llava"], run)
+    assert not report, report
+
+
+def diff_but_for_plan(a: Path, b: Path) -> list[str]:
+    from onward.run.diff import diff
+
+    return [part.name for part in diff(a, b).parts if not part.equal and part.name != "plan"]
+
+
+def points() -> list:
+    import onward.checkpoint.save as save
+    import onward.files as files
+    import onward.run.begin as begin
+    import onward.run.handon as handon
+    import onward.run.stage as stage
+    import onward.run.walk as walk
+
+    found = [
+        ("before the lock is written", kill_at(begin, "write_lock")),
+        ("after the lock is written", kill_at(begin, "write_lock", after=True)),
+        ("before the first journal line", kill_at(begin, "write_event")),
+        ("before a checkpoint's manifest", kill_at(save, "write_manifest", call=2)),
+        ("after a checkpoint's manifest, before the rename", kill_at(save, "write_manifest", call=2, after=True)),
+        ("after a checkpoint's rename", kill_at(stage, "save_checkpoint", call=2, after=True)),
+        ("after the stage's last checkpoint", kill_at(stage, "save_checkpoint", call=3, after=True)),
+        ("before retention", kill_at(stage, "retire", call=3)),
+        ("before the merge", kill_at(handon, "merge")),
+        ("after the merge, before the manifest", kill_at(handon, "merge", after=True)),
+        ("before an output's manifest", kill_at(handon, "write_manifest")),
+        ("after an output's manifest, before the rename", kill_at(handon, "write_manifest", after=True)),
+        ("after an output's rename, before the journal", kill_at(handon, "write_event")),
+        ("after the output's journal line", kill_at(handon, "write_event", after=True)),
+        ("before the second output's manifest", kill_at(handon, "write_manifest", call=2)),
+        ("before the last journal line", kill_at(walk, "write_event", call=3)),
+    ]
+    del files
+    return [pytest.param(patch, id=name) for name, patch in found]
+
+
+@pytest.mark.parametrize("patch", points())
+def test_killed_between_writes(place: Path, reference: dict[str, Path], tmp_path: Path, patch) -> None:
+    plan, run = place / "text.yaml", tmp_path / "run"
+    assert start(plan, run, patch=patch) == KILLED
+    assert start(plan, run) == 0
+    assert_identical(reference["text"], run)
+    assert not list(run.rglob(".partial-*")), "what a crash left is cleared away"
