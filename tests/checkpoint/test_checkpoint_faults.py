@@ -59,7 +59,9 @@ def test_damage_is_named_and_the_one_before_is_used(saved, tmp_path, file, fault
     assert damaged in [problem.path for problem in verify_directory(damaged.parent)]
     found, passed = newest_verified(checkpoints, snaps.RUN)
     assert found is not None and found.manifest.step == 100
-    assert [damage.path for damage in passed] == ([damaged.parent] if not damaged.exists() and file == MANIFEST else [damaged])
+    assert [damage.path for damage in passed] == (
+        [damaged.parent] if not damaged.exists() and file == MANIFEST else [damaged]
+    )
 
 
 @pytest.mark.parametrize("mask", [0x01, 0x20, 0xFF])

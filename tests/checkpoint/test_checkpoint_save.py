@@ -65,7 +65,11 @@ def test_peft_loads_the_directory_as_it_is(tmp_path):
 def test_parts_that_a_stage_has_not_are_not_there(tmp_path):
     directory = tmp_path / "step-000001"
     save_checkpoint(snaps.snapshot(1, adapter=None, optimizer={}), directory)
-    assert {path.name for path in directory.iterdir()} == {"manifest.json", "progress.json", "weights-00000.safetensors"}
+    assert {path.name for path in directory.iterdir()} == {
+        "manifest.json",
+        "progress.json",
+        "weights-00000.safetensors",
+    }
     checkpoint = open_checkpoint(directory)
     assert checkpoint.adapter() is None and len(checkpoint.optimizer()) == 0
 
@@ -129,7 +133,7 @@ def test_what_the_run_may_not_have_written_is_set_aside_not_deleted(tmp_path):
     (directory / "thesis.txt").write_text("all my work")
     snaps.save(tmp_path, 100)
     assert verify_directory(directory) == []
-    kept = [path for path in tmp_path.rglob("thesis.txt")]
+    kept = list(tmp_path.rglob("thesis.txt"))
     assert [path.read_text() for path in kept] == ["all my work"]
     assert kept[0].parent.name.startswith(".damaged-step-000100-")
 

@@ -155,10 +155,13 @@ def test_reports_are_lines_or_json_and_their_verdict_is_the_exit_status(monkeypa
 
 def test_check_hands_on_overrides_and_show(calls, monkeypatch, capsys):
     seen = []
-    fake = types.SimpleNamespace(check_plan=lambda loaded, *, show: seen.append((loaded.plan.seed, show)) or Report())
+    fake = types.SimpleNamespace(
+        check_plan=lambda loaded, *, show, run: seen.append((loaded.plan.seed, show, str(run))) or Report()
+    )
     monkeypatch.setitem(sys.modules, "onward.run.check", fake)
     assert main(["check", "plan.yaml", "--show", "3", "seed=5"]) == 0
-    assert seen == [(5, 3)]
+    assert main(["check", "plan.yaml", "--run", "here"]) == 0
+    assert seen == [(5, 3, "runs/plan"), (42, 0, "here")]
 
 
 def test_evaluate(monkeypatch, capsys):

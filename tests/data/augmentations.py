@@ -1,6 +1,8 @@
 """Functions that a plan could name under `augment`."""
 
+import os
 import random as global_random
+import signal
 
 import numpy as np
 import torch
@@ -34,6 +36,10 @@ def lengthen(sample, rng):
 
 def broken(sample, rng):
     raise KeyError("colour")
+
+
+def deadly(sample, rng):
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def nothing(sample, rng):

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
-    "<|end|>", "<|user|>", "<|assistant|>", "<image>",
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eot_id|>", "<|end|>", "<|user|>", "<|assistant|>", "<image>",
 ]  # fmt: skip
 CORPUS = ["the quick brown fox jumps over the lazy dog", "what colour is the picture ? red green blue yellow"] * 20
 

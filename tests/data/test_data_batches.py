@@ -199,6 +199,13 @@ def test_file_that_changes_during_training(encoder, tmp_path, workers):
         list(iterator)
 
 
+def test_worker_that_is_killed(encoder, tmp_path):
+    data = prepared(tmp_path, encoder, augment="augmentations:deadly")
+    with pytest.raises(InputError, match="data-loader worker is gone") as caught:
+        batches(data, encoder, workers=1)
+    assert "workers lower" in caught.value.hint
+
+
 def test_workers_are_out_of_reach_of_ctrl_c(encoder, tmp_path, monkeypatch):
     """A signal to the process group must not kill them: the main process finishes its step and saves."""
     monkeypatch.setattr(

@@ -101,7 +101,8 @@ def test_reasoning_and_tool_calls_are_learnt(tokenizers, origin):
     ]
     tools = [{"type": "function", "function": {"name": "add"}}]
     assert learnt(tokenizers("QWEN3"), messages[:4], origin, tools=tools) == [
-        '<think>\nSums are for tools.\n</think>\n\n<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>',
+        "<think>\nSums are for tools.\n</think>\n\n"
+        '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>',
         "<think>\nIt says 2.\n</think>\n\nTwo.<|im_end|>",
     ]
     assert learnt(tokenizers("QWEN3"), messages, origin) == [
@@ -143,6 +144,17 @@ def test_ambiguous_rendering_is_refused(tokenizers, origin):
     messages = [m("user", "Go."), m("assistant", echo), m("user", "what?"), m("assistant", "c")]
     with pytest.raises(BadSample, match="not found again"):
         learnt(tokenizers("QWEN2"), messages, origin)
+
+
+@pytest.mark.parametrize("place", ["{count}%s", "%s{count}"])
+def test_template_that_depends_on_the_answer_is_refused(origin, place):
+    count = "{{ messages[-1]['content'] | length }}"
+    with pytest.raises(BadSample, match="not found again"):
+        learnt(
+            build_tokenizer(place.replace("{count}", count) % data_templates.QWEN2),
+            [*TALK, m("user", "a"), m("assistant", "b")],
+            origin,
+        )
 
 
 def test_train_false(tokenizers, origin):

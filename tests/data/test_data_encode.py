@@ -1,14 +1,18 @@
 import json
 import shutil
+from pathlib import Path
 
 import data_templates
 import numpy as np
 import pytest
 from data_helpers import ask, build_tokenizer, paint
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from PIL import Image
 
-from onward.data.encode import BadSample, load_encoder
-from onward.data.images import image_size, load_image
+from onward.data.chat import Rendered
+from onward.data.encode import BadSample, Origin, load_encoder
+from onward.data.images import expand_placeholders, image_size, load_image
 from onward.errors import InputError
 
 OPTIONS = {"max_length": 200, "overlong": "error", "loss_on": "assistant", "date": "2026-01-31"}
@@ -47,7 +51,8 @@ def mask_by_generation_tags(processor, template, row):
 def test_tokens_and_mask_are_those_of_transformers(text_encoder, origin):
     tagged = data_templates.QWEN2.replace(
         "message['content'] + '<|im_end|>' + '\n' }}",
-        "'' }}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
+        "'' }}{% if message['role'] == 'assistant' %}"
+        "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}"
         "{% else %}{{ message['content'] + '<|im_end|>' }}{% endif %}{{ '\n' }}",
     )
     row = {"messages": ask("What colour? 日本 é", "Blue — 🟦, of course.")["messages"] * 3}
@@ -148,6 +153,21 @@ def test_image_inputs_are_those_of_the_processor(llava_encoder, llava_processor,
     assert (encoded.input_ids == image_id).sum() == 8
     assert llava_encoder.tokenizer.decode(encoded.input_ids[encoded.trained]) == "Red and blue.<|im_end|>"
     assert llava_encoder.measure(row, origin) == (len(encoded.input_ids), encoded.trained.sum())
+
+
+@given(st.lists(st.sampled_from(["<image>", "", "a", "bc", "<", "image>"]), max_size=12), st.data())
+def test_spans_keep_their_text_when_placeholders_grow(pieces, data):
+    cuts = [sum(map(len, pieces[:i])) for i in range(len(pieces) + 1)]
+    begin, end = sorted(data.draw(st.tuples(st.sampled_from(range(len(cuts))), st.sampled_from(range(len(cuts))))))
+    text = "".join(pieces)
+    assume(text.count("<image>") == pieces.count("<image>"))
+    grown = iter([f"[{'x' * (3 * i)}]" for i in range(len(pieces))])
+    expected = [next(grown) if piece == "<image>" else piece for piece in pieces]
+    replacements = [new for piece, new in zip(pieces, expected, strict=True) if piece == "<image>"]
+    origin = Origin("d:1", "d:1", Path())
+    moved = expand_placeholders(Rendered(text, [(cuts[begin], cuts[end])]), "<image>", replacements, origin)
+    assert moved.text == "".join(expected)
+    assert moved.text[slice(*moved.trained[0])] == "".join(expected[begin:end])
 
 
 @pytest.mark.parametrize("name", ["LLAVA", "LLAVA_CHATML"])
@@ -264,8 +284,8 @@ def test_prompt_ends_where_the_answer_begins(llava_encoder, tmp_path, origin):
     row = {"messages": picture("red.png")["messages"] + picture("red.png", "And?", "Still red.")["messages"]}
     after = {"messages": [*row["messages"], {"role": "user", "content": [{"type": "image", "path": "none.png"}]}]}
     whole = llava_encoder.encode(row, origin)
-    for given in (row, after):
-        prompt = llava_encoder.prompt(given, origin)
+    for case in (row, after):
+        prompt = llava_encoder.prompt(case, origin)
         n = len(prompt.inputs.input_ids)
         assert prompt.answer == "Still red." and not prompt.inputs.trained.any()
         assert np.array_equal(whole.input_ids[:n], prompt.inputs.input_ids) and whole.trained[n:-1].all()

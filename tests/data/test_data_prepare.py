@@ -132,6 +132,15 @@ def test_fingerprint_says_what_is_trained_on(encoder, tmp_path):
     assert len({base, *different}) == 5
 
 
+def test_fingerprint_depends_on_which_rows_are_used(text_model, tmp_path):
+    path = write_rows(tmp_path / "d.jsonl", [*GOOD, ask("a " * 60, "b")])
+    prints = []
+    for max_length in (100, 110, 500):
+        encoder = load_encoder(text_model, **{**OPTIONS, "max_length": max_length, "overlong": "drop"})
+        prints.append(prepare([source(path)], encoder, on_bad_sample="stop").fingerprint)
+    assert prints[0] == prints[1] != prints[2]
+
+
 def test_ids_tell_files_of_one_name_apart(encoder, tmp_path):
     paths = [(tmp_path / folder).mkdir() or write_rows(tmp_path / folder / "d.jsonl", GOOD) for folder in "ab"]
     data = prepare([source(path) for path in paths], encoder, on_bad_sample="stop")

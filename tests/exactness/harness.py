@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import transformers  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer  # noqa: F401
 
 from onward.errors import OnwardError
-from onward.run.diff import DiffReport, diff
+from onward.run.diff import diff
 
 KILLED = -signal.SIGKILL
 
@@ -114,7 +115,7 @@ def reopen_here() -> None:
 
 
 def kill_at(where: object, name: str, *, call: int = 1, after: bool = False) -> Callable[[], None]:
-    """A patch: the `call`-th call of `where.name` kills the process, before it does anything or after it has done it."""
+    """A patch: the `call`-th call of `where.name` kills the process, before it does anything or after it did."""
 
     def patch() -> None:
         original, calls = getattr(where, name), 0
@@ -134,7 +135,18 @@ def kill_at(where: object, name: str, *, call: int = 1, after: bool = False) -> 
     return patch
 
 
-def assert_identical(a: Path, b: Path) -> DiffReport:
-    report = diff(a, b)
-    assert report.equal, "\n".join(report.lines())
-    return report
+def differences(a: Path, b: Path) -> str:
+    """What `onward diff` says of two runs; "" when they are bit-identical. In a child: this process never computes."""
+    with tempfile.NamedTemporaryFile("r") as told:
+
+        def compare() -> None:
+            report = diff(a, b)
+            Path(told.name).write_text("" if report.equal else "\n".join(report.lines()))
+
+        assert in_child(compare) == 0
+        return told.read()
+
+
+def assert_identical(a: Path, b: Path) -> None:
+    told = differences(a, b)
+    assert not told, told

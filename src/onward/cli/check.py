@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from onward.cli.output import show
-from onward.cli.parser import Commands, add_command, add_json, add_plan
+from onward.cli.parser import Commands, add_command, add_json, add_plan, load_with_run
 
 
 def add_commands(commands: Commands) -> None:
@@ -31,13 +30,11 @@ def add_commands(commands: Commands) -> None:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    from onward.plan.load import load_plan
-
-    loaded = load_plan(Path(arguments.plan), arguments.overrides)
+    loaded, directory = load_with_run(arguments)
 
     from onward.run.check import check_plan
 
-    show(check_plan(loaded, show=arguments.show), as_json=arguments.json)
+    show(check_plan(loaded, show=arguments.show, run=directory), as_json=arguments.json)
     return 0
 
 

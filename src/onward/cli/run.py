@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from pathlib import Path
 
-from onward.cli.parser import Commands, add_command, add_json, add_plan
+from onward.cli.parser import Commands, add_command, add_json, add_plan, load_with_run
 
 
 def add_commands(commands: Commands) -> None:
@@ -19,7 +18,6 @@ def add_commands(commands: Commands) -> None:
         "onward run plan.yaml stages.sft.epochs=3 --run runs/first",
     )
     add_plan(parser)
-    parser.add_argument("--run", metavar="DIR", help="the run's directory (default: runs/<the plan's name>)")
     parser.add_argument("--until", metavar="STAGE", help="stop when this stage is finished")
     parser.add_argument(
         "--accept",
@@ -33,14 +31,8 @@ def add_commands(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from onward.cli.view import View
-    from onward.plan.load import load_plan
-    from onward.plan.lock import read_lock
 
-    plan = Path(arguments.plan)
-    directory = Path(arguments.run) if arguments.run else Path("runs") / plan.stem
-    lock = directory / "plan.lock.json"
-    standing = read_lock(lock).overrides if lock.is_file() else {}
-    loaded = load_plan(plan, arguments.overrides, standing)
+    loaded, directory = load_with_run(arguments)
 
     from onward.run.walk import run_plan
 

@@ -120,7 +120,8 @@ def step_batches(
     """The batches of steps `first_step` to `last_step` (both included, from 1), made by `workers` processes, 0 for
     none.
 
-    InputError when a sample cannot be used and `on_bad_sample` is "stop"; DamageError when a file has changed.
+    InputError when a sample cannot be used and `on_bad_sample` is "stop", or a worker died; DamageError when a file has
+    changed.
     """
     epochs = Epochs(data.samples_per_epoch, batch_size)
     steps = _Steps(data, encoder, epochs, micro_batch_size, seed, stage, first_step, last_step)
@@ -131,10 +132,16 @@ def step_batches(
         worker_init_fn=_start_worker if workers else None,
         generator=torch.Generator(),  # else it would draw from the global one
     )
-    for batch in loader:
-        if isinstance(batch, OnwardError):
-            raise batch
-        yield batch
+    try:
+        for batch in loader:
+            if isinstance(batch, OnwardError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        if "DataLoader worker (pid" not in str(error):
+            raise
+        hint = "it was killed, probably for want of memory: set workers lower, or to 0; the run continues where it was"
+        raise InputError(f"a data-loader worker is gone ({error})", hint=hint) from error
 
 
 def eval_batches(data: StageData, encoder: Encoder, batch_size: int, limit: int | None = None) -> Iterator[StepBatch]:

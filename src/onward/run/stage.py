@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from onward.train.loop import Training
 
 PROBE_SAMPLES = 2
-PROBE_SHARE = 100  # a probe costs about two samples' forward pass: at most one in so many samples trained
+PROBE_SHARE = 100  # samples trained for each sample probed, at least: a forward pass is a third of a step's work
 
 
 @dataclass
@@ -54,12 +55,7 @@ class LiveStage:
         loss = probe_loss(self.training.trainable.model, self.probe_batch(), self.engine.autocast())
         factor = self.training.horizon.factor(self.training.progress.step + 1)
         rates = {group.name: group.learning_rate * factor for group in self.training.trainable.selection.groups}
-        return {
-            "step": self.training.progress.step,
-            "samples": self.training.progress.samples,
-            "loss": loss,
-            "next_learning_rates": rates,
-        }
+        return {"loss": loss, "next_learning_rates": rates}
 
 
 def set_up(session: Session, number: int, start: Start) -> LiveStage:
@@ -147,17 +143,17 @@ def put_in_place(live: LiveStage, checkpoint: Checkpoint) -> None:
 
 def _check_probe(session: Session, live: LiveStage) -> None:
     """Under `bitwise` the probe must give what it gave when it was saved."""
-    saved = live.training.progress.probe
-    if saved is None or saved["step"] != live.training.progress.step:
+    saved, step = live.training.progress.probe, live.training.progress.step
+    if saved is None:
         return
     again = live.probe()
-    same = (saved["loss"], saved["next_learning_rates"]) == (again["loss"], again["next_learning_rates"])
+    same = saved == again
     now = repr(again["loss"]) + ("" if same else ", DIFFERENT")
-    session.view.note(f"probe at step {saved['step']}: loss {saved['loss']!r} when saved, {now} now")
+    session.view.note(f"probe at step {step}: loss {saved['loss']!r} when saved, {now} now")
     if not same and session.tier == "bitwise":
         write_event(session.directory.journal, "probe_differs", stage=live.plan.name, saved=saved, now=again)
         raise TrainingError(
-            f"the probe of step {saved['step']} gives {again['loss']!r}, not {saved['loss']!r} as when it was saved",
+            f"the probe of step {step} gives {again['loss']!r}, not {saved['loss']!r} as when it was saved",
             where=str(live.checkpoints),
             hint="does something compute differently here? onward verify RUN checks the bytes",
         )
@@ -272,8 +268,7 @@ def save(session: Session, live: LiveStage) -> None:
 
     training, stage = live.training, live.plan
     progress, trainable = training.progress, training.trainable
-    if progress.probe is None or progress.samples - progress.probe["samples"] >= PROBE_SHARE * PROBE_SAMPLES:
-        progress.probe = live.probe()
+    progress.probe = live.probe() if _has_probe(session, live) else None
     lora = {name: p for name, p in trainable.parameters.items() if ".lora_" in name}
     directory = live.checkpoints / checkpoint_name(progress.step)
     layers = trainable.selection.lora
@@ -298,6 +293,13 @@ def save(session: Session, live: LiveStage) -> None:
     manifest = save_checkpoint(snapshot, directory)
     write_event(session.directory.journal, "committed", attempt=session.attempt, stage=stage.name, step=manifest.step)
     _retire(session, live)
+
+
+def _has_probe(session: Session, live: LiveStage) -> bool:
+    """Does the checkpoint of this step carry a probe? A function of the step alone; where saves are frequent, some do."""
+    every, step = session.resolved.loaded.plan.checkpoint.every, live.training.progress.step
+    apart = math.ceil(PROBE_SHARE * PROBE_SAMPLES / (every * live.plan.batch_size))
+    return step == live.inputs.total_steps or step % every != 0 or step // every % apart == 0
 
 
 def _retire(session: Session, live: LiveStage) -> None:

@@ -13,8 +13,8 @@ class Progress:
     """Counters and decisions of one stage. `step` alone is the position in the data (see docs/architecture.md).
 
     `zero_gradient`: group → steps in a row without a gradient; `best`: {"metric", "value", "step"} of the evaluation
-    that was best so far; `loss_sum` over `targets` is the mean training loss; `probe`: what the newest probe found,
-    with the `samples` count at which it was taken.
+    that was best so far; `loss_sum` over `targets` is the mean training loss; `probe`: {"loss", "next_learning_rates"}
+    of the fixed samples at this very step, where the checkpoint carries one.
     """
 
     step: int = 0

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onward.checkpoint.manifest import MANIFEST
+from onward.checkpoint.manifest import MANIFEST, read_manifest
 from onward.checkpoint.read import open_checkpoint
 from onward.checkpoint.save import Adapter
 from onward.checkpoint.tensorfile import (
@@ -23,7 +23,8 @@ from onward.checkpoint.tensorfile import (
     read_tensor,
     torch_dtype,
 )
-from onward.errors import InputError
+from onward.checkpoint.verify import problems_of
+from onward.errors import DamageError, InputError
 from onward.files import committed_directory, read_json, require_space
 from onward.weights.lora import Lora, changes_of, open_adapter
 from onward.weights.shards import Shard, model_shards
@@ -108,19 +109,13 @@ def merge_adapter(
     *,
     to_canonical_for: Callable[[dict[str, Any]], Callable[[str], str]],
 ) -> MergeReport:
-    """Fold a PEFT LoRA directory, or a checkpoint of onward with all that it trained, into the model directory `base`.
+    """Fold a PEFT LoRA directory, or an output or checkpoint of onward with all that it trained, into the model `base`.
 
     Without `base`, the adapter's own `base_model_name_or_path` is taken, which must be a directory then.
     `to_canonical_for` gives, for the base's config.json, its family's mapping of names on disk to canonical names.
     `out` must not exist, or be empty; it appears whole or not at all.
     """
-    adapter: Adapter | None
-    full: Mapping[str, torch.Tensor] = {}
-    if (adapter_dir / MANIFEST).exists():
-        checkpoint = open_checkpoint(adapter_dir)
-        adapter, full = checkpoint.adapter(), checkpoint.weights()
-    else:
-        adapter = open_adapter(adapter_dir)
+    adapter, full = _trained(adapter_dir)
     base = base or _base_of(adapter, adapter_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError("is there already, and not empty", where=str(out), hint="give --out a new directory")
@@ -128,6 +123,18 @@ def merge_adapter(
     require_space(out, merge_bytes(base), "the merged model")
     with committed_directory(out) as unfinished:
         return merge(base, unfinished, adapter=adapter, full=full, to_canonical=to_canonical)
+
+
+def _trained(directory: Path) -> tuple[Adapter | None, Mapping[str, torch.Tensor]]:
+    """What a directory holds that was trained; where it has a manifest, only after its bytes were verified."""
+    if (directory / MANIFEST).exists():
+        manifest = read_manifest(directory)
+        if manifest.kind == "checkpoint":
+            checkpoint = open_checkpoint(directory)
+            return checkpoint.adapter(), checkpoint.weights()
+        for problem in problems_of(directory, manifest):
+            raise DamageError(problem.reason, where=str(problem.path))
+    return open_adapter(directory), {}
 
 
 def _base_of(adapter: Adapter | None, adapter_dir: Path) -> Path:

@@ -1,0 +1,86 @@
+"""Answers of a model: greedy generation, batched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+
+from onward.data.encode import Encoder
+from onward.data.samples import BadSample, Encoded, Origin
+from onward.errors import InputError
+
+
+def generate_answers(
+    model: Any,
+    encoder: Encoder,
+    rows: Sequence[tuple[Mapping[str, Any], Origin]],
+    max_new_tokens: int,
+    *,
+    batch_size: int = 8,
+    autocast: AbstractContextManager[Any] | None = None,
+) -> list[tuple[str, str]]:
+    """(what the model says, what the data says) to each row's last assistant turn, both stripped.
+
+    Greedy, at most `max_new_tokens` tokens, until the model or the template ends the turn. InputError for a row that
+    has no such turn.
+    """
+    prompts = []
+    for row, origin in rows:
+        try:
+            prompts.append(encoder.prompt(row, origin))
+        except BadSample as error:
+            raise InputError(error.reason, where=error.where) from None
+    said: list[str] = []
+    training = model.training
+    model.eval()
+    with torch.no_grad(), autocast or nullcontext():
+        for begin in range(0, len(prompts), batch_size):
+            said += _generate(model, encoder, [p.inputs for p in prompts[begin : begin + batch_size]], max_new_tokens)
+    model.train(training)
+    return [(text, prompt.answer.strip()) for text, prompt in zip(said, prompts, strict=True)]
+
+
+def _generate(model: Any, encoder: Encoder, samples: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        eos_token_id=_end_tokens(model, encoder),
+        pad_token_id=encoder.pad_id,
+    )
+    batch = _left_padded(samples, encoder.pad_id)
+    device = next(model.parameters()).device
+    inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+    tokens = model.generate(**inputs, generation_config=config)[:, batch["input_ids"].shape[1] :]
+    return [text.strip() for text in encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+
+def _end_tokens(model: Any, encoder: Encoder) -> list[int]:
+    """What ends an answer: the model's own end tokens and the token with which the template ends a turn."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ends = configured if isinstance(configured, list) else [configured]
+    ends.append(encoder.tokenizer.eos_token_id)
+    if encoder.template.has_end_token:
+        ends.append(encoder.tokenizer.convert_tokens_to_ids(encoder.template.end_of_turn.strip()))
+    return sorted({int(token) for token in ends if token is not None})
+
+
+def _left_padded(samples: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
+    """Prompts as one batch, padded on the left, so that all of them go on at the same column."""
+    longest = max(len(sample.input_ids) for sample in samples)
+    input_ids = np.full((len(samples), longest), pad_id, np.int64)
+    attention_mask = np.zeros((len(samples), longest), np.int64)
+    for i, sample in enumerate(samples):
+        input_ids[i, longest - len(sample.input_ids) :] = sample.input_ids
+        attention_mask[i, longest - len(sample.input_ids) :] = 1
+    arrays: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+    for name in sorted({name for sample in samples for name in sample.images}):
+        arrays[name] = np.concatenate([sample.images[name] for sample in samples if name in sample.images])
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -1,0 +1,75 @@
+"""Measuring a model on held-out data: always in evaluation mode, always in the order of the file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from onward.data.batches import eval_batches
+from onward.data.encode import Encoder
+from onward.data.order import Draw
+from onward.data.prepare import StageData
+from onward.evaluate.generate import generate_answers
+from onward.model.forward import target_logits
+
+METRICS = ("loss", "token_accuracy", "exact_match")
+
+
+def better(metric: str, value: float, than: float) -> bool:
+    """Is `value` the better one? Of a loss the lower, of everything else the higher."""
+    return value < than if metric == "loss" else value > than
+
+
+def measure(
+    model: Any,
+    encoder: Encoder,
+    data: StageData,
+    metrics: Sequence[str],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    limit: int | None = None,
+    autocast: AbstractContextManager[Any] | None = None,
+) -> dict[str, float]:
+    """Each metric over the usable rows of `data`, or the first `limit` of them.
+
+    `loss`: cross-entropy summed over target tokens, divided by their number. `token_accuracy`: share of target tokens
+    that the model thinks likeliest, given the true tokens before. `exact_match`: share of rows whose last assistant
+    turn the model generates to the letter (greedy, both stripped). Leaves the model in the mode it was in, and torch's
+    generators alone.
+    """
+    values: dict[str, float] = {}
+    if {"loss", "token_accuracy"} & set(metrics):
+        values = _over_targets(model, encoder, data, batch_size, limit, autocast or nullcontext())
+    if "exact_match" in metrics:
+        draws = [Draw(i, row, 0) for i, source in enumerate(data.sources) for row in range(len(source.used))][:limit]
+        rows = [(data.row(draw), data.origin(draw)) for draw in draws]
+        answers = generate_answers(model, encoder, rows, max_new_tokens, batch_size=batch_size, autocast=autocast)
+        values["exact_match"] = sum(said == expected for said, expected in answers) / len(answers)
+    return {metric: values[metric] for metric in metrics}
+
+
+def _over_targets(
+    model: Any,
+    encoder: Encoder,
+    data: StageData,
+    batch_size: int,
+    limit: int | None,
+    autocast: AbstractContextManager[Any],
+) -> dict[str, float]:
+    loss, right, targets = 0.0, 0, 0
+    training = model.training
+    model.eval()
+    with torch.no_grad(), autocast:
+        for batch in eval_batches(data, encoder, batch_size, limit):
+            for micro_batch in batch.micro_batches:
+                logits, expected = target_logits(model, micro_batch)
+                loss += float(functional.cross_entropy(logits, expected, reduction="sum").item())
+                right += int((logits.argmax(dim=-1) == expected).sum())
+                targets += len(expected)
+    model.train(training)
+    return {"loss": loss / targets, "token_accuracy": right / targets}
