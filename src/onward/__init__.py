@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from onward.checkpoint.read import Checkpoint
-    from onward.run.verify import VerifyReport
-    from onward.run.walk import RunResult
+    from onward.runs.verify import VerifyReport
+    from onward.runs.walk import RunResult
 
 __version__ = "0.1.0"
 __all__ = ["load", "run", "verify"]
@@ -35,7 +35,7 @@ def run(
     As `onward run PLAN [KEY=VALUE]… --run DIR`; raises the OnwardError that the command would print.
     """
     from onward.cli.view import View
-    from onward.run.start import start
+    from onward.runs.start import start
 
     with View.of_process(as_json=False) as view:
         return start(Path(plan), overrides, directory, until=until, accept=accept, view=view)
@@ -53,6 +53,6 @@ def load(checkpoint: str | Path) -> Checkpoint:
 
 def verify(path: str | Path) -> VerifyReport:
     """Every byte of a run, a checkpoint or an output against its digest: `.ok`, and `.problems` by file."""
-    from onward.run.verify import verify as verify_path
+    from onward.runs.verify import verify as verify_path
 
     return verify_path(Path(path))

@@ -32,7 +32,7 @@ class Result:
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-    """In a directory with a plan; `onward.run.walk.run_plan` notes its calls and does what `calls.do` says."""
+    """In a directory with a plan; `onward.runs.walk.run_plan` notes its calls and does what `calls.do` says."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plan.yaml").write_text(PLAN)
     seen = types.SimpleNamespace(runs=[], do=lambda view: Result())
@@ -41,7 +41,7 @@ def calls(tmp_path, monkeypatch):
         seen.runs.append((loaded, directory, until, accept, command))
         return seen.do(view)
 
-    monkeypatch.setitem(sys.modules, "onward.run.walk", types.SimpleNamespace(run_plan=run_plan))
+    monkeypatch.setitem(sys.modules, "onward.runs.walk", types.SimpleNamespace(run_plan=run_plan))
     return seen
 
 
@@ -49,7 +49,7 @@ def test_run_hands_on_what_was_said(calls, capsys):
     words = ["run", "plan.yaml", "seed=3", "--run", "here", "stages.sft.epochs=2", "--until", "sft", "--accept", "a"]
     assert main([*words, "--accept", "b"]) == 0
     ((loaded, directory, until, accept, command),) = calls.runs
-    assert command == "onward run plan.yaml --run here"
+    assert command == "onward run plan.yaml seed=3 stages.sft.epochs=2 --run here"
     assert (loaded.plan.seed, loaded.plan.stages[0].epochs) == (3, 2)
     assert (str(directory), until, accept) == ("here", "sft", ["a", "b"])
 
@@ -145,7 +145,7 @@ class Report:
 def test_reports_are_lines_or_json_and_their_verdict_is_the_exit_status(monkeypatch, capsys, command, words, fails):
     report = Report()
     fake = types.SimpleNamespace(**{command: lambda *paths: report if [*map(str, paths)] == words else None})
-    monkeypatch.setitem(sys.modules, f"onward.run.{command}", fake)
+    monkeypatch.setitem(sys.modules, f"onward.runs.{command}", fake)
     assert main([command, *words]) == 0
     assert capsys.readouterr().out == "first\nsecond\n"
     report.good = False
@@ -158,7 +158,7 @@ def test_check_hands_on_overrides_and_show(calls, monkeypatch, capsys):
     fake = types.SimpleNamespace(
         check_plan=lambda loaded, *, show, run: seen.append((loaded.plan.seed, show, str(run))) or Report()
     )
-    monkeypatch.setitem(sys.modules, "onward.run.check", fake)
+    monkeypatch.setitem(sys.modules, "onward.runs.check", fake)
     assert main(["check", "plan.yaml", "--show", "3", "seed=5"]) == 0
     assert main(["check", "plan.yaml", "--run", "here"]) == 0
     assert seen == [(5, 3, "runs/plan"), (42, 0, "here")]

@@ -1,7 +1,7 @@
 """Runs in real processes that are really killed.
 
-Each start is a forked child of the test process, which has imported torch and transformers but never computed with
-them: a child costs a fraction of a second and dies by SIGKILL like any other process.
+Each start is a forked child of the test process, which has imported torch and transformers: a child costs a fraction
+of a second and dies by SIGKILL like any other process. test_exactness_process.py does the same through the command.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import transformers  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer  # noqa: F401
 
 from onward.errors import OnwardError
-from onward.run.diff import diff
+from onward.runs.diff import diff
 
 KILLED = -signal.SIGKILL
 
@@ -35,6 +35,7 @@ def in_child(work: Callable[[], int | None]) -> int:
     child = os.fork()
     if child == 0:
         status = 70
+        torch.set_num_threads(1)  # a fork has none of the threads that its parent may have computed with
         try:
             status = work() or 0
         except OnwardError as error:
@@ -87,7 +88,7 @@ def start(
     def work() -> int:
         from onward.plan.load import load_plan
         from onward.plan.lock import read_lock
-        from onward.run.walk import run_plan
+        from onward.runs.walk import run_plan
 
         reopen_here()
         if patch:
@@ -105,7 +106,7 @@ def reopen_here() -> None:
     from onward.engine.single import Single
     from onward.model.load import load_model
     from onward.model.probe import probe_logits
-    from onward.run import handon
+    from onward.runs import handon
 
     def reopened(model: Path, batch: dict, *, precision: str, device: str, threads: int) -> torch.Tensor:
         loaded = load_model(model, precision=precision, device=device).model

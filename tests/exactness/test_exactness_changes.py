@@ -37,7 +37,7 @@ REFUSED = {
     "stages.learn.batch_size=8": "--run OTHER_DIR",
     "stages.learn.epochs=3": "--run OTHER_DIR",
     "stages.learn.train.language_model.mode=lora": "--run OTHER_DIR",
-    "engine.threads=2": "",
+    "stages.learn.micro_batch_size=2": "",
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 from harness import KILLED, Killer, assert_identical, in_child, start
 
 from onward.files import read_jsonl
-from onward.run.verify import verify
+from onward.runs.verify import verify
 
 
 def flip(path: Path) -> None:

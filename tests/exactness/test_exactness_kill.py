@@ -8,7 +8,7 @@ import pytest
 from harness import KILLED, Killer, assert_identical, differences, kill_at, start
 
 from onward.files import read_jsonl
-from onward.run.journal import attempts
+from onward.runs.journal import attempts
 
 # 22 rows, 6 a step: 4 steps an epoch, the last of 4 samples; stage 1 has 8 steps, stage 2 has 4; a checkpoint every 3
 LAST = {"learn": 8, "adapt": 4}
@@ -46,10 +46,10 @@ def test_workers_change_nothing(place: Path, reference: dict[str, Path], tmp_pat
 def points() -> list:
     import onward.checkpoint.save as save
     import onward.files as files
-    import onward.run.begin as begin
-    import onward.run.handon as handon
-    import onward.run.stage as stage
-    import onward.run.walk as walk
+    import onward.runs.begin as begin
+    import onward.runs.handon as handon
+    import onward.runs.stage as stage
+    import onward.runs.walk as walk
 
     found = [
         ("before the lock is written", kill_at(begin, "write_lock")),

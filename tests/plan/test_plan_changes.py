@@ -131,6 +131,11 @@ def test_kinds(changed, override, kind, tier):
     assert judge(changes).tier == tier
 
 
+def test_a_change_that_comes_too_late_says_so(changed):
+    error = refusal(judge(changed("stages.align.learning_rate=1")), "onward run plan.yaml")
+    assert "stages.align.learning_rate: 0.0001 → 1.0 (its stage is finished)" in str(error)
+
+
 def test_acceptable_changes_need_their_name_and_are_then_declared(changed):
     changes = changed("stages.sft.learning_rate=1", "checkpoint.every=7")
     refused = judge(changes)

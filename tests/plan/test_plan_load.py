@@ -122,6 +122,8 @@ def test_where_names_the_line_that_the_user_wrote(load):
         ("stages.align.data.repeat=3", "stages 0 data 0 repeat", 3),
         ("checkpoint.keep.last=5", "checkpoint keep last", 5),
         ("stages.align.evaluate=null", "stages 0 evaluate", None),
+        ("stages.sft.evaluate={data: h.jsonl}", "stages 1 evaluate data 0 path", "h.jsonl"),
+        ("stages.sft.evaluate={data: {path: h.jsonl}}", "stages 1 evaluate data 0 path", "h.jsonl"),
         ("model=a=b", "model", "a=b"),
     ],
 )
@@ -129,7 +131,7 @@ def test_an_override_changes_one_key(load, override, key, value):
     def read(loaded: LoadedPlan):
         node = plan_values(loaded.plan)
         for part in key.split():
-            node = node[int(part)] if isinstance(node, list) else node.get(part, {})
+            node = node[int(part)] if isinstance(node, list) else (node or {}).get(part)
         return node
 
     assert read(load()) != value

@@ -32,7 +32,7 @@ def add_commands(commands: Commands) -> None:
 def check(arguments: argparse.Namespace) -> int:
     loaded, directory = load_with_run(arguments)
 
-    from onward.run.check import check_plan
+    from onward.runs.check import check_plan
 
     show(check_plan(loaded, show=arguments.show, run=directory), as_json=arguments.json)
     return 0

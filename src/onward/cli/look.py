@@ -52,7 +52,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def status(arguments: argparse.Namespace) -> int:
-    from onward.run.status import status as status_of
+    from onward.runs.status import status as status_of
 
     directory = Path(arguments.run)
     show(status_of(directory), as_json=arguments.json)
@@ -66,14 +66,14 @@ def status(arguments: argparse.Namespace) -> int:
 
 
 def inspect(arguments: argparse.Namespace) -> int:
-    from onward.run.inspect import inspect as inspect_path
+    from onward.runs.inspect import inspect as inspect_path
 
     show(inspect_path(Path(arguments.path)), as_json=arguments.json)
     return 0
 
 
 def verify(arguments: argparse.Namespace) -> int:
-    from onward.run.verify import verify as verify_path
+    from onward.runs.verify import verify as verify_path
 
     report = verify_path(Path(arguments.path))
     show(report, as_json=arguments.json)
@@ -81,7 +81,7 @@ def verify(arguments: argparse.Namespace) -> int:
 
 
 def diff(arguments: argparse.Namespace) -> int:
-    from onward.run.diff import diff as diff_paths
+    from onward.runs.diff import diff as diff_paths
 
     report = diff_paths(Path(arguments.a), Path(arguments.b))
     show(report, as_json=arguments.json)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 import shlex
 
 from onward.cli.parser import Commands, add_command, add_json, add_plan, load_with_run
@@ -31,16 +32,17 @@ def add_commands(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from onward.cli.view import View
+    from onward.runs.start import start
 
-    loaded, directory = load_with_run(arguments)
-
-    from onward.run.walk import run_plan
-
-    command = f"onward run {shlex.quote(arguments.plan)}"
-    if arguments.run:
-        command += f" --run {shlex.quote(arguments.run)}"
     with View.of_process(as_json=arguments.json) as view:
-        result = run_plan(loaded, directory, until=arguments.until, accept=arguments.accept, view=view, command=command)
+        result = start(
+            Path(arguments.plan),
+            arguments.overrides,
+            arguments.run,
+            until=arguments.until,
+            accept=arguments.accept,
+            view=view,
+        )
     if arguments.json:
         print(json.dumps(result.to_json(), ensure_ascii=False))
     return 0

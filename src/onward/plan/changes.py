@@ -104,9 +104,11 @@ class Change:
     kind: Kind
     stage: str | None = None
     holds: Tier = "bitwise"  # the tier once it is applied
+    why: str = ""  # the kind, where the table alone does not explain it
 
     def __str__(self) -> str:
-        return f"{self.key}: {_shown(self.before)} → {_shown(self.after)}"
+        why = f" ({self.why})" if self.why else ""
+        return f"{self.key}: {_shown(self.before)} → {_shown(self.after)}{why}"
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def plan_changes(old: Plan, new: Plan, begun: Collection[str], finished: Collect
             if name not in begun:
                 change = replace(change, kind=FORWARD[0], holds=FORWARD[1])
             elif name in finished and change.kind == "acceptable":
-                change = replace(change, kind=BREAKING[0], holds=BREAKING[1])
+                change = replace(change, kind=BREAKING[0], holds=BREAKING[1], why="its stage is finished")
             changes.append(change)
     return sorted(changes, key=lambda change: change.key)
 

@@ -145,11 +145,12 @@ class Draft:
     def _list_sources(self, block: dict[str, Any], at: Key) -> None:
         data = block.get("data")
         if isinstance(data, str | dict):
-            children = {key: origin for key, origin in self.origins.items() if key[: len(at) + 1] == (*at, "data")}
-            self._forget((*at, "data"))
-            for key, origin in children.items():
-                self.origins[(*at, "data", 0, *key[len(at) + 1 :])] = origin
-            self.origins[(*at, "data")] = children[(*at, "data")]
+            whole = (*at, "data")
+            known = {key: origin for key, origin in self.origins.items() if key[: len(whole)] == whole}
+            self._forget(whole)
+            for key, origin in known.items():
+                self.origins[(*whole, 0, *key[len(whole) :])] = origin
+                self.origins[whole] = known.get(whole, origin)
             data = block["data"] = [data]
         if isinstance(data, list):
             for index, source in enumerate(data):

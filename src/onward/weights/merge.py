@@ -139,13 +139,14 @@ def _trained(directory: Path) -> tuple[Adapter | None, Mapping[str, torch.Tensor
 
 def _base_of(adapter: Adapter | None, adapter_dir: Path) -> Path:
     named = adapter.config.get("base_model_name_or_path") if adapter else None
-    if not named or not Path(named).is_dir():
-        raise InputError(
-            f"names {named} as its base, which is no directory here" if named else "names no base",
-            where=str(adapter_dir),
-            hint=f"onward merge {adapter_dir} --base DIR --out DIR",
-        )
-    return Path(named)
+    for found in (Path(named), adapter_dir / named) if named else ():  # a run names its own outputs relatively
+        if (found / "config.json").is_file():
+            return found
+    raise InputError(
+        f"names {named} as its base, which is no directory here" if named else "names no base",
+        where=str(adapter_dir),
+        hint=f"onward merge {adapter_dir} --base DIR --out DIR",
+    )
 
 
 def _changes_on_disk(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from onward.model.directory import fingerprint_model
-from onward.run.resolve import Resolved, ResolvedStage
+from onward.runs.resolve import Resolved, ResolvedStage
 
 if TYPE_CHECKING:
     from onward.data.encode import Encoder

@@ -8,8 +8,8 @@ from onward.checkpoint.manifest import MANIFEST, read_manifest
 from onward.errors import OnwardError, PlanError
 from onward.foreign import huggingface, peft
 from onward.foreign.description import Description, count_dtypes
-from onward.run.directory import RunDirectory
-from onward.run.status import status
+from onward.runs.directory import RunDirectory
+from onward.runs.status import status
 
 
 def inspect(path: Path) -> Description:

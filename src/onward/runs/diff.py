@@ -11,8 +11,8 @@ from onward.checkpoint.manifest import MANIFEST, read_manifest
 from onward.errors import PlanError
 from onward.files import read_json
 from onward.plan.lock import Lock, read_lock
-from onward.run.directory import RunDirectory
-from onward.run.journal import canonical_metrics, read_metrics
+from onward.runs.directory import RunDirectory
+from onward.runs.journal import canonical_metrics, read_metrics
 from onward.weights.compare import TensorComparison, compare_tensors
 
 SHOWN = 10

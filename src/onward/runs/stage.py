@@ -15,14 +15,14 @@ from onward.checkpoint.save import Adapter, Snapshot, save_checkpoint
 from onward.errors import DamageError, Refused, TrainingError
 from onward.files import append_jsonl
 from onward.plan.schema import Stage
-from onward.run.directory import checkpoint_name
-from onward.run.journal import canonical_metrics, read_metrics, write_event
-from onward.run.outputs import Start, base_name, carried_from
+from onward.runs.directory import checkpoint_name
+from onward.runs.journal import canonical_metrics, read_metrics, write_event
+from onward.runs.outputs import Start, base_name, carried_from
 
 if TYPE_CHECKING:
     from onward.engine.single import Single
-    from onward.run.inputs import StageInputs
-    from onward.run.session import Session
+    from onward.runs.inputs import StageInputs
+    from onward.runs.session import Session
     from onward.train.loop import Training
 
 PROBE_SAMPLES = 2

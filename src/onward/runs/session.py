@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from onward.errors import Interrupted
 from onward.files import read_jsonl
 from onward.plan.lock import Lock
-from onward.run.directory import RunDirectory
-from onward.run.resolve import Resolved
-from onward.run.signals import Stopping
+from onward.runs.directory import RunDirectory
+from onward.runs.resolve import Resolved
+from onward.runs.signals import Stopping
 
 if TYPE_CHECKING:
     import torch
 
-    from onward.run.inputs import StageInputs
+    from onward.runs.inputs import StageInputs
 
 
 class View(Protocol):

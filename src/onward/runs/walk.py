@@ -15,16 +15,16 @@ from onward.errors import DamageError, PlanError, Refused
 from onward.files import canonical_json, digest_bytes
 from onward.plan.load import LoadedPlan
 from onward.plan.lock import Lock
-from onward.run.begin import begin, conditions, go_on, judge_changes, new_lock, open_lock
-from onward.run.directory import RunDirectory
-from onward.run.environment import environment, set_switches
-from onward.run.hold import hold
-from onward.run.inputs import fingerprints, prepare_inputs
-from onward.run.journal import write_event
-from onward.run.outputs import Start, content_fingerprint, verified_output
-from onward.run.resolve import Resolved, resolve
-from onward.run.session import Session, View
-from onward.run.signals import listening
+from onward.runs.begin import begin, conditions, go_on, judge_changes, new_lock, open_lock
+from onward.runs.directory import RunDirectory
+from onward.runs.environment import environment, set_switches
+from onward.runs.hold import hold
+from onward.runs.inputs import fingerprints, prepare_inputs
+from onward.runs.journal import write_event
+from onward.runs.outputs import Start, content_fingerprint, verified_output
+from onward.runs.resolve import Resolved, resolve
+from onward.runs.session import Session, View
+from onward.runs.signals import listening
 
 AUTO_MICRO_BATCH = 8
 
@@ -106,7 +106,8 @@ def run_plan(
 
 def _walk(session: Session, until: str | None, reasons: list[str]) -> RunResult:
     """Stage after stage: one that has handed on its output is done, any other is trained to its end and hands on."""
-    names, told = session.resolved.names, []
+    names = session.resolved.names
+    told: list[dict[str, Any]] = []
     for number, name in enumerate(names):
         output, trained = session.directory.output(names, name), 0
         if output.exists():
@@ -122,7 +123,7 @@ def _walk(session: Session, until: str | None, reasons: list[str]) -> RunResult:
     is_finished = len(told) == len(names)
     if is_finished and not session.told("finished"):
         write_event(session.directory.journal, "finished", attempt=session.attempt)
-    total = sum(stage["steps_trained"] for stage in told)
+    total = sum(int(stage["steps_trained"]) for stage in told)
     word = "finished" if is_finished else f"stage {until} is done"
     session.view.done(f"{word}, {total} steps trained: {final.adapters or final.base}")
     status = "finished" if is_finished else "until"
@@ -166,8 +167,8 @@ def _model_fingerprint(session: Session) -> str:
 
 
 def _stage(session: Session, number: int, start: Start) -> int:
-    from onward.run.handon import hand_on, result_of
-    from onward.run.stage import set_up, train_stage
+    from onward.runs.handon import hand_on, result_of
+    from onward.runs.stage import set_up, train_stage
 
     name = session.resolved.names[number]
     steps = session.inputs[name].total_steps

@@ -17,18 +17,18 @@ from onward.errors import TrainingError
 from onward.files import PARTIAL, committed_directory, require_space
 from onward.model.directory import open_model_directory
 from onward.plan.schema import Stage
-from onward.run.directory import checkpoint_name
-from onward.run.environment import threads
-from onward.run.journal import write_event
-from onward.run.outputs import ADAPTER_CONFIG, ADAPTER_TENSORS, Start, as_peft, base_name
-from onward.run.reopen import reopened_logits
-from onward.run.stage import LiveStage, put_in_place
+from onward.runs.directory import checkpoint_name
+from onward.runs.environment import threads
+from onward.runs.journal import write_event
+from onward.runs.outputs import ADAPTER_CONFIG, ADAPTER_TENSORS, Start, as_peft, base_name
+from onward.runs.reopen import reopened_logits
+from onward.runs.stage import LiveStage, put_in_place
 from onward.weights.merge import merge, merge_bytes
 
 if TYPE_CHECKING:
     import torch
 
-    from onward.run.session import Session
+    from onward.runs.session import Session
 
 # How far the logits of what was handed on may be from those of base + adapters, as a share of the largest logit:
 # fp32 sums in another order; or one rounding of each weight to the base's 16 bits.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from onward.plan.load import load_plan
-from onward.run.begin import open_lock
-from onward.run.directory import RunDirectory
-from onward.run.session import View
-from onward.run.walk import RunResult, run_plan
+from onward.runs.begin import open_lock
+from onward.runs.directory import RunDirectory
+
+if TYPE_CHECKING:
+    from onward.runs.session import View
+    from onward.runs.walk import RunResult
 
 
 def start(
@@ -22,6 +25,8 @@ def start(
     view: View,
 ) -> RunResult:
     """Load the plan, over the overrides that the run holds already, and walk it."""
+    from onward.runs.walk import run_plan
+
     chosen = Path(directory) if directory else Path("runs") / plan.stem
     run = RunDirectory(chosen)
     standing = open_lock(run).overrides if run.lock.is_file() else {}

@@ -11,9 +11,9 @@ from onward.checkpoint.read import list_checkpoints
 from onward.errors import PlanError
 from onward.files import read_jsonl
 from onward.plan.lock import locked_plan, read_lock
-from onward.run.directory import RunDirectory
-from onward.run.hold import holder
-from onward.run.journal import canonical_metrics, read_metrics
+from onward.runs.directory import RunDirectory
+from onward.runs.hold import holder
+from onward.runs.journal import canonical_metrics, read_metrics
 
 RECENT = 20  # steps over which speed is averaged
 

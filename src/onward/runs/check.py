@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from onward.model.selection import Selection
 from onward.plan.load import LoadedPlan
 from onward.plan.schema import CheckpointPlan
-from onward.run.begin import judge_changes, open_lock
-from onward.run.directory import RunDirectory
-from onward.run.environment import environment
-from onward.run.inputs import StageInputs, fingerprints, prepare_inputs
-from onward.run.resolve import Resolved, ResolvedStage, resolve
+from onward.runs.begin import judge_changes, open_lock
+from onward.runs.directory import RunDirectory
+from onward.runs.environment import environment
+from onward.runs.inputs import StageInputs, fingerprints, prepare_inputs
+from onward.runs.resolve import Resolved, ResolvedStage, resolve
 from onward.weights.merge import merge_bytes
 
 if TYPE_CHECKING:

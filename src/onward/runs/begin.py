@@ -21,8 +21,8 @@ from onward.plan.changes import (
 from onward.plan.load import LoadedPlan
 from onward.plan.lock import Amendment, Lock, locked_plan, plan_values, read_lock, write_lock
 from onward.plan.schema import Plan
-from onward.run.directory import RunDirectory
-from onward.run.journal import attempts, now, write_event
+from onward.runs.directory import RunDirectory
+from onward.runs.journal import attempts, now, write_event
 
 
 @dataclass(frozen=True)

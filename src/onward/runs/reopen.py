@@ -1,6 +1,6 @@
 """Reopen a model from disk in a process of its own and give its logits: the check of what a stage hands on.
 
-python -m onward.run.reopen MODEL_DIR BATCH.safetensors LOGITS.safetensors PRECISION DEVICE
+python -m onward.runs.reopen MODEL_DIR BATCH.safetensors LOGITS.safetensors PRECISION DEVICE
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def reopened_logits(
         command = [
             sys.executable,
             "-m",
-            "onward.run.reopen",
+            "onward.runs.reopen",
             str(model),
             str(inputs),
             str(outputs),

@@ -12,7 +12,7 @@ from onward.checkpoint.verify import Problem, verify_directory
 from onward.errors import OnwardError, PlanError
 from onward.files import PARTIAL, read_jsonl
 from onward.plan.lock import read_lock
-from onward.run.directory import RunDirectory
+from onward.runs.directory import RunDirectory
 
 
 @dataclass(frozen=True)

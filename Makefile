@@ -1,0 +1,42 @@
+# Everything runs in .venv, which `make setup` builds and every other target brings up to date first.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+# Two workers on two cores: one thread each. A file's tests stay together, because they share what they build.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+
+.DELETE_ON_ERROR:
+.PHONY: setup demo demo-text test test-all bench lint clean
+
+setup: $(STAMP)  ## .venv with onward and everything to work on it
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "onward needs Python 3.11 or newer: make PYTHON=python3.11 setup")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,dev]"
+	touch $@
+
+demo: setup  ## train, kill, continue and compare, on images of digits
+	$(BIN)/python examples/digits/demo.py
+
+demo-text: setup  ## the same with SmolLM2 on docstrings
+	$(BIN)/python examples/docstrings/demo.py
+
+test: lint  ## lint, then the tests without the whole sweeps
+	$(PYTEST) -m "not whole"
+
+test-all: lint  ## lint, then every test: the whole sweeps take their time
+	$(PYTEST) -m ""
+
+bench: setup  ## onward beside a bare PyTorch loop and the Hugging Face Trainer
+	$(BIN)/python bench/loop.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:  ## everything that can be built again; runs/ and demo/ are yours and stay
+	rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find src tests bench examples -name __pycache__ -type d -prune -exec rm -rf {} +
