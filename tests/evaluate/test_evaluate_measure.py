@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 
+from onward.data.batches import collate
 from onward.data.encode import load_encoder
 from onward.data.order import Draw
 from onward.data.prepare import ResolvedSource, prepare
@@ -16,11 +17,6 @@ from onward.evaluate.measure import METRICS, better, measure
 from onward.model.load import load_model
 
 NEW_TOKENS = 8
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("ONWARD_CACHE", str(tmp_path / "cache"))
 
 
 def opened(directory, *files):
@@ -39,8 +35,6 @@ def learn(directory, file, steps, learning_rate=1e-2):
     encoder, data = opened(directory, file)
     model = load_model(directory, precision="fp32", device="cpu").model.requires_grad_(True)
     samples = [encoder.encode(row, origin) for row, origin in rows_of(data)]
-    from onward.data.batches import collate
-
     batch = collate(samples, encoder.pad_id)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     for _ in range(steps):

@@ -53,6 +53,7 @@ def test_losses_rates_norms_and_weights_are_trainer_s(place: Path, monkeypatch: 
     from onward.data.encode import load_encoder
     from onward.data.prepare import ResolvedSource, prepare
     from onward.files import read_jsonl
+    from onward.train.schedule import Horizon
     from onward.weights.compare import compare_tensors
 
     onward.run(place / "plan.yaml", directory=place / "run")
@@ -108,8 +109,8 @@ def test_losses_rates_norms_and_weights_are_trainer_s(place: Path, monkeypatch: 
         assert mine["grad_norm"] == pytest.approx(float(other["grad_norm"]), rel=1e-3)
 
     # and the weights after Trainer's four steps are those of an onward run that stops there
-    (place / "four.yaml").write_text(PLAN.replace("epochs: 2", "epochs: 1").replace("warmup_ratio: 0.2", "warmup_steps: 2"))
-    monkeypatch.setattr("onward.train.schedule.horizon", lambda schedule, total: __import__("onward.train.schedule", fromlist=["Horizon"]).Horizon("cosine", 8, 2))
+    (place / "four.yaml").write_text(PLAN.replace("epochs: 2", "epochs: 1"))
+    monkeypatch.setattr("onward.train.schedule.horizon", lambda schedule, total: Horizon("cosine", 8, 2))
     onward.run(place / "four.yaml", directory=place / "four")
     model.save_pretrained(place / "theirs")
     comparison = compare_tensors(place / "four/stages/1-only/output", place / "theirs")

@@ -33,7 +33,9 @@ def _paths(value, path=()):
 
 
 PATHS = list(_paths(parse(PLAN, "plan")[0]))
-FUZZ = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 @pytest.fixture

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from onward.cli.output import show
-from onward.cli.parser import Commands, add_command, add_json, add_plan, load_with_run
+from onward.cli.parser import Commands, add_command, add_json, add_plan
 
 
 def add_commands(commands: Commands) -> None:
@@ -30,7 +31,13 @@ def add_commands(commands: Commands) -> None:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    loaded, directory = load_with_run(arguments)
+    from onward.plan.load import load_plan
+    from onward.plan.lock import read_lock
+
+    plan = Path(arguments.plan)
+    directory = Path(arguments.run) if arguments.run else Path("runs") / plan.stem
+    lock = directory / "plan.lock.json"
+    loaded = load_plan(plan, arguments.overrides, read_lock(lock).overrides if lock.is_file() else {})
 
     from onward.runs.check import check_plan
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from onward.errors import PlanError
-
-if TYPE_CHECKING:
-    from onward.plan.load import LoadedPlan
 
 Commands = Any  # argparse's action for sub-commands, which has no public name
 
@@ -54,15 +50,3 @@ def add_plan(parser: Parser) -> None:
         "overrides", metavar="KEY=VALUE", nargs="*", default=[], help="set a key of the plan, like stages.sft.epochs=3"
     )
     parser.add_argument("--run", metavar="DIR", help="the run's directory (default: runs/<the plan's name>)")
-
-
-def load_with_run(arguments: argparse.Namespace) -> tuple[LoadedPlan, Path]:
-    """The plan of a command with `add_plan`, and its run's directory. Overrides that the run was begun with stand."""
-    from onward.plan.load import load_plan
-    from onward.plan.lock import read_lock
-
-    plan = Path(arguments.plan)
-    directory = Path(arguments.run) if arguments.run else Path("runs") / plan.stem
-    lock = directory / "plan.lock.json"
-    standing = read_lock(lock).overrides if lock.is_file() else {}
-    return load_plan(plan, arguments.overrides, standing), directory

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-import shlex
 
-from onward.cli.parser import Commands, add_command, add_json, add_plan, load_with_run
+from onward.cli.parser import Commands, add_command, add_json, add_plan
 
 
 def add_commands(commands: Commands) -> None:

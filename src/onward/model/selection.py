@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -126,12 +127,10 @@ def _owners(
         owner[name] = best[1]
     for key in train:
         if key not in owner.values():
-            known = ", ".join(family.modules) or "none known for this model; use patterns"
-            raise PlanError(
-                f"{key} matches no parameter of this model",
-                where=where[key],
-                hint=f"modules: {known}; or a pattern over names like {next(iter(owner))}",
-            )
+            near = difflib.get_close_matches(key, family.modules, n=1)
+            known = f"modules: {', '.join(family.modules)}; or" if family.modules else "this model is trained by"
+            hint = f"did you mean {near[0]}?" if near else f"{known} a pattern over names like {next(iter(owner))}"
+            raise PlanError(f"{key} matches no parameter of this model", where=where[key], hint=hint)
     return owner
 
 

@@ -148,9 +148,9 @@ class Draft:
             whole = (*at, "data")
             known = {key: origin for key, origin in self.origins.items() if key[: len(whole)] == whole}
             self._forget(whole)
-            for key, origin in known.items():
-                self.origins[(*whole, 0, *key[len(whole) :])] = origin
-                self.origins[whole] = known.get(whole, origin)
+            self.origins.update({(*whole, 0, *key[len(whole) :]): origin for key, origin in known.items()})
+            if whole in known:  # not where an override gave the whole mapping around it
+                self.origins[whole] = known[whole]
             data = block["data"] = [data]
         if isinstance(data, list):
             for index, source in enumerate(data):

@@ -173,7 +173,8 @@ def _stage(session: Session, number: int, start: Start) -> int:
     name = session.resolved.names[number]
     steps = session.inputs[name].total_steps
     if not session.told("stage_started", name):
-        event = {"stage": name, "steps": steps, "base": start.fingerprint}
+        left_out = [list(sample) for sample in session.inputs[name].data.skipped]
+        event = {"stage": name, "steps": steps, "base": start.fingerprint, "skipped": left_out}
         write_event(session.directory.journal, "stage_started", attempt=session.attempt, **event)
     live = set_up(session, number, start)
     done = live.training.progress.step

@@ -1,0 +1,116 @@
+"""onward's loop beside a bare PyTorch loop and Hugging Face Trainer, in turns: `make bench`.
+
+    python bench/loop.py [--rounds 3] [--steps 40] [--threads N]
+
+Each contender trains the same model from the same weights on the same samples in the same order, with the same
+micro-batches, optimizer, clipping and threads, in a process of its own; the turns go A B C A B C. The first steps warm up.
+A ratio compares two contenders of the same round: the machine may be another one in the next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import material
+
+CONTENDERS = ("onward", "bare", "trainer")
+WARM_UP = 5
+SAME_LOSS = 1e-3
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one contender did in one round: tokens a second over the timed steps, and the loss that it reached."""
+
+    tokens_per_second: float
+    loss: float
+
+
+def measure(name: str, folder: Path, loss_on: str, threads: int) -> Reading:
+    """Run a contender. CalledProcessError when it fails."""
+    command = [sys.executable, str(material.BENCH / "contenders.py"), name, str(folder), loss_on, str(threads)]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    result = json.loads(done.stdout.rpartition("RESULT ")[2])
+    steps = json.loads((folder / loss_on / "steps.json").read_text())
+    tokens = sum(len(ids) for samples in steps[WARM_UP:] for ids, _ in samples)
+    ends = result["ends"]
+    return Reading(tokens / (ends[-1] - ends[WARM_UP - 1]), result["loss"])
+
+
+def spread(values: list[float], digits: int) -> str:
+    """`median (least–most)`."""
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def table(loss_on: str, rounds: list[dict[str, Reading]]) -> str:
+    """The readings of one setting as a Markdown table."""
+    lines = [
+        f"loss_on: {loss_on}",
+        "",
+        "| | tokens/s | of the bare loop | of Trainer | loss after |",
+        "|---|---|---|---|---|",
+    ]
+    for name in CONTENDERS:
+        speeds = [readings[name].tokens_per_second for readings in rounds]
+        against = [
+            [readings[name].tokens_per_second / readings[other].tokens_per_second for readings in rounds]
+            for other in ("bare", "trainer")
+        ]
+        loss = rounds[0][name].loss
+        lines.append(
+            f"| {name} | {spread(speeds, 0)} | {spread(against[0], 3)} | {spread(against[1], 3)} | {loss:.5f} |"
+        )
+    return "\n".join(lines)
+
+
+def check_same_work(rounds: list[dict[str, Reading]]) -> None:
+    """SystemExit when the contenders did not reach the same loss: then their speeds cannot be compared."""
+    for readings in rounds:
+        losses = {name: reading.loss for name, reading in readings.items()}
+        if max(losses.values()) - min(losses.values()) > SAME_LOSS:
+            raise SystemExit(f"they did not do the same work: {losses}")
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--steps", type=int, default=40, help=f"optimizer steps, the first {WARM_UP} not timed")
+    arguments.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    chosen = arguments.parse_args()
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("onward", "torch", "transformers"))
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, {chosen.threads} threads, Python {platform.python_version()}, {libraries}\n"
+        f"batch_size {material.BATCH_SIZE} in micro-batches of {material.MICRO_BATCH_SIZE}, fp32, full training; "
+        f"{chosen.rounds} rounds, {chosen.steps - WARM_UP} steps timed after {WARM_UP}: median (least–most)\n"
+    )
+    with tempfile.TemporaryDirectory() as out:
+        folder = Path(out)
+        material.build(folder, steps=chosen.steps, threads=chosen.threads)
+        for loss_on in material.LOSS_ON:
+            rounds = [
+                {name: measure(name, folder, loss_on, chosen.threads) for name in CONTENDERS}
+                for _ in range(chosen.rounds)
+            ]
+            check_same_work(rounds)
+            print(table(loss_on, rounds), flush=True)
+            print()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What every contender trains: a Llama of 6 million parameters with its tokenizer, real text, and onward's plan.
+
+model/            Llama, hidden 256 x 4 layers, vocabulary 4096, random weights; ChatML template
+train.jsonl       functions of Python's standard library → the first line of their docstrings
+plan.yaml         what onward is given
+steps.json        [step][sample] → [token ids, labels], in the order in which onward takes them
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).parent
+LOSS_ON = ("assistant", "all")
+BATCH_SIZE, MICRO_BATCH_SIZE = 16, 8
+MAX_LENGTH = 256
+LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-3, 0.01, 1.0
+SEED = 42
+STAGE = "sft"
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def build(folder: Path, *, steps: int, threads: int) -> None:
+    """Write the material for `steps` optimizer steps into `folder`, one plan and one order for each way of loss_on."""
+    rows = _rows(steps * BATCH_SIZE)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    _write_model(folder / "model", [message["content"] for row in rows for message in row["messages"]])
+    for loss_on in LOSS_ON:
+        (folder / loss_on).mkdir(exist_ok=True)
+        (folder / loss_on / "plan.yaml").write_text(json.dumps(_plan(loss_on, steps, threads), indent=2))
+        (folder / loss_on / "steps.json").write_text(json.dumps(_steps(folder, loss_on, steps)))
+
+
+def _rows(count: int) -> list[dict[str, Any]]:
+    """The first `count` conversations of the docstrings example."""
+    sys.path.insert(0, str(BENCH.parent / "examples" / "docstrings"))
+    import sysconfig
+
+    from prepare import described_functions, sample  # type: ignore[import-not-found]
+
+    functions = described_functions(Path(sysconfig.get_path("stdlib")))
+    rows = [sample(source, sentence) for _, source, sentence in islice(functions, count)]
+    if len(rows) < count:
+        raise SystemExit(f"the standard library gives {len(rows)} samples, {count} are needed: take fewer --steps")
+    return rows
+
+
+def _write_model(out: Path, texts: list[str]) -> None:
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=4096, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
+    )
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
+        max_position_embeddings=512, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    torch.manual_seed(SEED)
+    LlamaForCausalLM(config).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def _plan(loss_on: str, steps: int, threads: int) -> dict[str, Any]:
+    stage = {
+        "name": STAGE,
+        "train": {"language_model": {"mode": "full"}},
+        "data": {"path": "../train.jsonl"},
+        "steps": steps,
+        "batch_size": BATCH_SIZE,
+        "micro_batch_size": MICRO_BATCH_SIZE,
+        "max_length": MAX_LENGTH,
+        "overlong": "truncate",
+        "loss_on": loss_on,
+        "learning_rate": LEARNING_RATE,
+        "optimizer": {"weight_decay": WEIGHT_DECAY},
+        "max_grad_norm": MAX_GRAD_NORM,
+        "schedule": {"name": "constant"},
+    }
+    return {
+        "model": "../model",
+        "seed": SEED,
+        "engine": {"threads": threads},
+        "checkpoint": {"every": steps},
+        "stages": [stage],
+    }
+
+
+def _steps(folder: Path, loss_on: str, steps: int) -> list[list[tuple[list[int], list[int]]]]:
+    """The samples of each step, as onward orders and encodes them."""
+    from onward.data.batches import step_batches
+    from onward.data.encode import load_encoder
+    from onward.data.prepare import ResolvedSource, prepare
+
+    encoder = load_encoder(
+        folder / "model", max_length=MAX_LENGTH, overlong="truncate", loss_on=loss_on, date="2026-01-01"
+    )
+    data = prepare([ResolvedSource(folder / "train.jsonl")], encoder, on_bad_sample="stop")
+    batches = step_batches(
+        data, encoder, batch_size=BATCH_SIZE, micro_batch_size=1, seed=SEED, stage=STAGE,
+        first_step=1, last_step=steps, workers=0,
+    )  # fmt: skip
+    return [[(m["input_ids"][0].tolist(), m["labels"][0].tolist()) for m in b.micro_batches] for b in batches]
