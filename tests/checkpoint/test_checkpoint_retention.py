@@ -1,5 +1,6 @@
 import os
 import shutil
+from pathlib import Path
 
 import checkpoint_snapshots as snaps
 import pytest
@@ -93,9 +94,15 @@ def test_a_save_that_is_killed_leaves_a_partial_that_retire_knows(tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_crash_while_deleting_leaves_no_half_checkpoint_and_is_made_good(six, monkeypatch):
-    unlink = os.unlink
-    left = 2
+@pytest.mark.parametrize("deleted", range(6))
+def test_a_crash_while_deleting_leaves_no_half_checkpoint_and_is_made_good(six, monkeypatch, deleted):
+    """After so many files of the first checkpoint that goes; what is left is still known as the run's."""
+    unlink, listed = os.unlink, Path.iterdir
+    left = deleted
+    # the manifest first, where the order of the directory alone decides
+    monkeypatch.setattr(
+        Path, "iterdir", lambda path: iter(sorted(listed(path), key=lambda p: p.name != "manifest.json"))
+    )
 
     def crash(*arguments, **options):
         nonlocal left

@@ -44,6 +44,9 @@ def change(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
+FULL = "      projector: {mode: full}"
+
+
 def without_assistant(here: Path) -> None:
     rows = (here / "colours.jsonl").read_text().splitlines()
     row = json.loads(rows[4])
@@ -64,20 +67,20 @@ def truncated(path: Path) -> None:
 
 CASES: dict[str, tuple[Callable[[Path], object], int, list[str]]] = {
     "a typo in a key": (
-        lambda here: change(here / "llava.yaml", "batch_size", "batchsize"), 2, ["llava.yaml:6", "batchsize", "batch_size"],
+        lambda here: change(here / "llava.yaml", "batch_size", "batchsize"), 2, ["llava.yaml:6", "did you mean"],
     ),
     "a module that the model lacks": (
-        lambda here: change(here / "llava.yaml", "      projector: {mode: full}", "      projectr: {mode: full}"),
+        lambda here: change(here / "llava.yaml", FULL, FULL.replace("projector", "projectr")),
         2, ["llava.yaml:15", "projectr matches no parameter", "did you mean projector?"],
     ),
     "a pattern that matches nothing": (
-        lambda here: change(here / "llava.yaml", "      projector: {mode: full}", "      'layers\\.9\\.': {mode: full}"),
+        lambda here: change(here / "llava.yaml", FULL, FULL.replace("projector", "'layers\\.9\\.'")),
         2, ["llava.yaml:15", "matches no parameter"],
     ),
     "no such data file": (lambda here: (here / "colours.jsonl").unlink(), 2, ["llava.yaml:17", "no such data file"]),
     "no such model": (lambda here: shutil.rmtree(here / "llava"), 2, ["llava.yaml:2", "no such model directory"]),
     "an image that cannot be read": (
-        lambda here: (here / "images/colours-3.png").write_bytes(b"not an image"), 1, ["colours.jsonl:4", "colours-3.png"],
+        lambda here: (here / "images/colours-3.png").write_bytes(b"no image"), 1, ["colours.jsonl:4", "colours-3.png"],
     ),
     "an image that is missing": (
         lambda here: (here / "images/colours-3.png").unlink(), 1, ["colours.jsonl:4", "colours-3.png"],

@@ -57,6 +57,19 @@ def test_a_merge_has_the_bits_of_pefts(bases, tmp_path, case):
     assert report.copied == len(before) - len(changed)
 
 
+def test_an_embedding_that_comes_with_the_adapter_stands_in_for_the_bases(bases, tmp_path):
+    """PEFT saves the weight under an adapted embedding, and loads it over the base's."""
+    import peft
+
+    peft_side.adapt(bases("llama"), tmp_path / "adapter", target_modules=["embed_tokens"])
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    peft_side.rewrite(tmp_path / "adapter" / "adapter_model.safetensors", lambda t: t[key].add_(1))
+    model = peft.PeftModel.from_pretrained(peft_side.load(bases("llama")), tmp_path / "adapter")
+    peft_side.merged_by_us(tmp_path / "adapter", None, tmp_path / "out")
+    merged = peft_side.load(tmp_path / "out").state_dict()
+    assert peft_side.different(merged, peft_side.merged_by_peft(model)) == []
+
+
 def test_every_type_gets_the_fp32_sum_cast_once(bases, tmp_path):
     base = bases("qwen3-bf16")
     peft_side.adapt(base, tmp_path / "adapter", target_modules=["up_proj"])
@@ -346,7 +359,7 @@ def test_no_base_and_no_safetensors_say_what_to_do(adapter, tmp_path):
 
 
 MEMORY = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 import torch
 from onward.checkpoint.tensorfile import TensorFileWriter, TensorSpec
@@ -363,10 +376,13 @@ with TensorFileWriter(root / "base" / "model.safetensors", specs) as writer:
 keys = {f"base_model.model.layer.{n}.lora_{half}.weight": half for n in range(0, count, 2) for half in "AB"}
 tensors = {key: torch.randn(2, size) if half == "A" else torch.randn(size, 2) for key, half in keys.items()}
 adapter = Adapter({"peft_type": "LORA", "r": 2, "lora_alpha": 2}, tensors)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+before = peak()
 report = merge(root / "base", root / "out", adapter=adapter, full={}, to_canonical=lambda name: name)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"grown": (after - before) * 1024, "tensor": size * size * 4, "merged": report.merged}))
+print(json.dumps({"grown": peak() - before, "tensor": size * size * 4, "merged": report.merged}))
 """
 
 
