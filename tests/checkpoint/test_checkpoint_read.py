@@ -4,8 +4,9 @@ from dataclasses import replace
 import checkpoint_snapshots as snaps
 import pytest
 import torch
+from checkpoint_sliced import manifest, write_sliced
 
-from onward.checkpoint.manifest import Manifest, Slice, TensorRecord, describe_files, write_manifest
+from onward.checkpoint.manifest import describe_files, write_manifest
 from onward.checkpoint.read import list_checkpoints, newest_verified, open_checkpoint
 from onward.checkpoint.tensorfile import write_tensors
 from onward.checkpoint.verify import verify_directory
@@ -19,7 +20,7 @@ def test_the_newest_is_found_by_its_manifest_not_by_its_name(tmp_path):
     snaps.place(tmp_path, 100).rename(snaps.place(tmp_path, 999))
     found, passed = newest_verified(tmp_path, snaps.RUN)
     assert found.manifest.step == 300 and found.directory.name == "a-moved-one" and passed == []
-    assert [manifest.step for _, manifest in list_checkpoints(tmp_path)] == [100, 200, 300]
+    assert [item.step for _, item in list_checkpoints(tmp_path)] == [100, 200, 300]
 
 
 def test_junk_partials_and_other_runs_are_passed_over(tmp_path):
@@ -52,11 +53,6 @@ def test_identity_is_checked(tmp_path):
         open_checkpoint(directory, stage="sft")
 
 
-def _manifest(**fields) -> Manifest:
-    common = {"run_id": "r", "stage": "s", "step": 1, "samples_seen": 1, "base": "sha256:0", "names": {}}
-    return Manifest(**{"kind": "checkpoint", **common, **fields})
-
-
 def test_an_output_verifies_and_is_no_checkpoint(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "sub").mkdir()
@@ -64,7 +60,7 @@ def test_an_output_verifies_and_is_no_checkpoint(tmp_path):
     record = write_tensors(tmp_path / "model.safetensors", {"a": torch.ones(3)})
     files = describe_files(tmp_path, known=[record])
     assert [file.path for file in files] == ["config.json", "model.safetensors", "sub/chat.jinja"]
-    write_manifest(tmp_path, _manifest(kind="output", files=files))
+    write_manifest(tmp_path, manifest(kind="output", files=files))
     assert verify_directory(tmp_path) == []
     with pytest.raises(InputError, match="output"):
         open_checkpoint(tmp_path)
@@ -72,23 +68,8 @@ def test_an_output_verifies_and_is_no_checkpoint(tmp_path):
     assert [problem.path for problem in verify_directory(tmp_path)] == [tmp_path / "sub" / "chat.jinja"]
 
 
-def _sliced(directory, boxes):
-    """A checkpoint of one tensor of shape [4, 6], written by several ranks: one file for each (offset, shape)."""
-    directory.mkdir()
-    whole = torch.arange(24.0).reshape(4, 6)
-    slices, files = [], []
-    for rank, ((row, column), (rows, columns)) in enumerate(boxes):
-        name = f"weights-{rank:05d}.safetensors"
-        part = whole[row : row + rows, column : column + columns].contiguous()
-        files.append(write_tensors(directory / name, {"w": part}))
-        slices.append(Slice(name, "w", (row, column), tuple(part.shape)))
-    record = TensorRecord("w", "weight", "F32", (4, 6), tuple(slices))
-    write_manifest(directory, _manifest(files=tuple(files), tensors=(record,)))
-    return whole
-
-
 def test_a_tensor_in_slices_of_several_files_is_put_together(tmp_path):
-    whole = _sliced(tmp_path / "c", [((0, 0), (2, 6)), ((2, 0), (2, 4)), ((2, 4), (2, 2))])
+    whole = write_sliced(tmp_path / "c", [((0, 0), (2, 6)), ((2, 0), (2, 4)), ((2, 4), (2, 2))])
     assert torch.equal(open_checkpoint(tmp_path / "c").weights()["w"], whole)
 
 
@@ -101,17 +82,17 @@ def test_a_tensor_in_slices_of_several_files_is_put_together(tmp_path):
     ],
 )
 def test_slices_that_do_not_tile_are_damage(tmp_path, boxes):
-    _sliced(tmp_path / "c", boxes)
+    write_sliced(tmp_path / "c", boxes)
     with pytest.raises(DamageError, match="slices"):
         open_checkpoint(tmp_path / "c")
 
 
 def test_slices_outside_the_tensor_are_damage(tmp_path):
     directory = snaps.save(tmp_path, 100)
-    manifest = open_checkpoint(directory).manifest
-    first = manifest.tensors[0]
+    written = open_checkpoint(directory).manifest
+    first = written.tensors[0]
     moved = replace(first, slices=(replace(first.slices[0], offset=(1, 0)),))
     (directory / "manifest.json").unlink()
-    write_manifest(directory, replace(manifest, tensors=(moved, *manifest.tensors[1:])))
+    write_manifest(directory, replace(written, tensors=(moved, *written.tensors[1:])))
     with pytest.raises(DamageError, match="slices"):
         open_checkpoint(directory)

@@ -156,7 +156,7 @@ def test_reports_are_lines_or_json_and_their_verdict_is_the_exit_status(monkeypa
 def test_check_hands_on_overrides_and_show(calls, monkeypatch, capsys):
     seen = []
     fake = types.SimpleNamespace(
-        check_plan=lambda loaded, *, show, run: seen.append((loaded.plan.seed, show, str(run))) or Report()
+        check_plan=lambda loaded, *, show, run: seen.append((loaded.plan.seed, show, str(run.path))) or Report()
     )
     monkeypatch.setitem(sys.modules, "onward.runs.check", fake)
     assert main(["check", "plan.yaml", "--show", "3", "seed=5"]) == 0

@@ -449,3 +449,16 @@ def test_a_tensor_that_the_index_forgot_is_named(tmp_path):
     peft_side.rewrite(base / SECOND, lambda tensors: tensors.update({"extra": torch.ones(1)}))
     with pytest.raises(DamageError, match="extra"):
         merge_full(base, tmp_path / "out", {"a.weight": torch.zeros(2, 2)})
+
+
+def test_an_output_of_adapters_is_verified_before_it_is_merged(adapter, tmp_path):
+    from onward.checkpoint.manifest import Manifest, describe_files, write_manifest
+
+    identity = {"run_id": "r", "stage": "s", "step": 1, "samples_seen": 1, "base": "sha256:0", "names": {}}
+    write_manifest(adapter, Manifest(kind="output", files=describe_files(adapter), **identity))
+    (adapter / "notes.txt").write_text("added later")
+    assert peft_side.merged_by_us(adapter, None, tmp_path / "out").merged == 2
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 12', '"lora_alpha": 13'))
+    with pytest.raises(DamageError, match=r"adapter_config\.json"):
+        peft_side.merged_by_us(adapter, None, tmp_path / "again")

@@ -31,17 +31,13 @@ def add_commands(commands: Commands) -> None:
 
 
 def check(arguments: argparse.Namespace) -> int:
-    from onward.plan.load import load_plan
-    from onward.plan.lock import read_lock
+    from onward.runs.start import find
 
-    plan = Path(arguments.plan)
-    directory = Path(arguments.run) if arguments.run else Path("runs") / plan.stem
-    lock = directory / "plan.lock.json"
-    loaded = load_plan(plan, arguments.overrides, read_lock(lock).overrides if lock.is_file() else {})
+    loaded, run = find(Path(arguments.plan), arguments.overrides, arguments.run)
 
     from onward.runs.check import check_plan
 
-    show(check_plan(loaded, show=arguments.show, run=directory), as_json=arguments.json)
+    show(check_plan(loaded, show=arguments.show, run=run), as_json=arguments.json)
     return 0
 
 

@@ -65,7 +65,7 @@ class Optimizer(Strict):
     """AdamW, after Loshchilov & Hutter (2019); `weight_decay` spares norms and biases."""
 
     name: Literal["adamw"] = "adamw"
-    weight_decay: NotNegative = 0.01
+    weight_decay: NotNegative = Field(0.01, description="of matrices; norms and biases never decay")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     eps: Positive = 1e-8
 
@@ -115,7 +115,7 @@ class Shared(Strict):
     on_bad_sample: Literal["stop", "skip"] = Field("stop", description="a sample that cannot be read")
     loss_on: Literal["assistant", "last", "all"] = Field("assistant", description="which turns are learnt")
     workers: Annotated[int, Field(ge=0)] = Field(0, description="data-loader processes")
-    learning_rate: NotNegative = 1e-4
+    learning_rate: NotNegative = Field(1e-4, description="at the top of the schedule")
     optimizer: Optimizer = Optimizer()
     max_grad_norm: Positive | None = Field(1.0, description="over all parameters and the whole step; null: no clipping")
     schedule: Schedule = Schedule()
@@ -126,11 +126,11 @@ class Shared(Strict):
 class Stage(Shared):
     """One phase of training."""
 
-    name: Name
+    name: Name = Field(description="names the stage's directory, and is part of every random draw")
     train: dict[str, Train] = Field(min_length=1, description="module or pattern over parameter names → how it learns")
-    data: tuple[Source, ...] = Field(min_length=1)
-    epochs: Count | None = None
-    steps: Count | None = None
+    data: tuple[Source, ...] = Field(min_length=1, description="path, source, or a list of them")
+    epochs: Count | None = Field(None, description="passes over the data; or steps")
+    steps: Count | None = Field(None, description="optimizer steps; or epochs")
 
     @model_validator(mode="after")
     def _one_length(self) -> Stage:
@@ -168,8 +168,8 @@ class Plan(Strict):
     """A whole plan, defaults applied."""
 
     model: str = Field(description="a directory, or a hub id")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
-    deterministic: bool = True
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="of every random draw")
+    deterministic: bool = Field(True, description="deterministic algorithms; without them no start is bitwise")
     stages: tuple[Stage, ...] = Field(min_length=1)
     checkpoint: CheckpointPlan = CheckpointPlan()
     engine: Engine = Engine()

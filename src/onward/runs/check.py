@@ -132,10 +132,10 @@ def _stage_lines(number: int, stage: StageCheck) -> Iterator[str]:
     yield f"  memory for weights, gradients and optimizer: {_bytes(stage.memory_bytes)}"
 
 
-def check_plan(loaded: LoadedPlan, *, show: int = 0, run: Path | None = None) -> CheckReport:
+def check_plan(loaded: LoadedPlan, *, show: int = 0, run: RunDirectory) -> CheckReport:
     """All that `run` would find out before its first step, and the errors it would give; writes nothing but caches."""
     resolved = resolve(loaded)
-    directory = run or Path("runs") / loaded.name
+    directory = run.path
     warnings: list[str] = []
     inputs = prepare_inputs(resolved, date.today().isoformat(), lambda text: None)
     stages = tuple(_stage(resolved, stage, inputs[stage.plan.name]) for stage in resolved.stages)
@@ -153,7 +153,7 @@ def check_plan(loaded: LoadedPlan, *, show: int = 0, run: Path | None = None) ->
         model=str(resolved.model.path),
         family=resolved.model.family.name,
         parameters=sum(math.prod(entry.shape) for entry in resolved.model.parameters().values()),
-        promise=_promise(loaded, directory, resolved, inputs),
+        promise=_promise(loaded, run, resolved, inputs),
         stages=stages,
         disk_bytes=disk,
         free_bytes=free,
@@ -162,18 +162,17 @@ def check_plan(loaded: LoadedPlan, *, show: int = 0, run: Path | None = None) ->
     )
 
 
-def _promise(loaded: LoadedPlan, directory: Path, resolved: Resolved, inputs: Mapping[str, StageInputs]) -> str:
+def _promise(loaded: LoadedPlan, run: RunDirectory, resolved: Resolved, inputs: Mapping[str, StageInputs]) -> str:
     """What a start of this plan in its run directory would be told. Refused when it would be refused."""
-    run = RunDirectory(directory)
     if run.state() == "new":
         if loaded.plan.deterministic:
-            return f"bitwise: a new run in {directory}, exact after any interruption"
-        return f"state-exact: a new run in {directory}; deterministic: false, so sums may come in another order"
+            return f"bitwise: a new run in {run.path}, exact after any interruption"
+        return f"state-exact: a new run in {run.path}; deterministic: false, so sums may come in another order"
     content = fingerprints(resolved, inputs)
     judgement = judge_changes(
         run, open_lock(run), loaded.plan, environment(loaded.plan), content, (), f"onward run {loaded.path}"
     )
-    return f"{judgement.tier}: continues {directory} ({'; '.join(judgement.reasons)})"
+    return f"{judgement.tier}: continues {run.path} ({'; '.join(judgement.reasons)})"
 
 
 def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> StageCheck:

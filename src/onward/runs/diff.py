@@ -10,7 +10,8 @@ from typing import Any
 from onward.checkpoint.manifest import MANIFEST, read_manifest
 from onward.errors import PlanError
 from onward.files import read_json
-from onward.plan.lock import Lock, read_lock
+from onward.plan.changes import plan_changes
+from onward.plan.lock import Lock, locked_plan, read_lock
 from onward.runs.directory import RunDirectory
 from onward.runs.journal import canonical_metrics, read_metrics
 from onward.weights.compare import TensorComparison, compare_tensors
@@ -111,12 +112,11 @@ def _progress(a: Path, b: Path, name: str) -> Iterator[Part]:
 
 
 def _locks(a: Lock, b: Lock) -> Iterator[Part]:
-    for name in ("plan", "fingerprints", "environment", "measured"):
+    changes = plan_changes(locked_plan(a), locked_plan(b), begun=())
+    yield Part("plan", not changes, "differs" if changes else "equal", tuple(map(str, changes)))
+    for what, name in (("model and data", "fingerprints"), ("environment", "environment"), ("measured", "measured")):
         odd = _values(getattr(a, name), getattr(b, name))
-        what = {"plan": "plan", "fingerprints": "model and data", "environment": "environment", "measured": "measured"}[
-            name
-        ]
-        yield Part(what, not odd, "equal" if not odd else "differs", tuple(odd))
+        yield Part(what, not odd, "differs" if odd else "equal", tuple(odd))
 
 
 def _values(a: Any, b: Any, key: str = "") -> list[str]:

@@ -1,18 +1,27 @@
-"""From a plan file to its run: what `onward run` and `onward.run` share."""
+"""From a plan file to its run: what `onward run`, `onward check` and `onward.run` share."""
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onward.plan.load import load_plan
+from onward.plan.load import LoadedPlan, load_plan
 from onward.runs.begin import open_lock
 from onward.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     from onward.runs.session import View
     from onward.runs.walk import RunResult
+
+
+def find(plan: Path, overrides: Sequence[str], directory: str | Path | None) -> tuple[LoadedPlan, RunDirectory]:
+    """The plan and its run directory (default: runs/<the plan's name>), over the overrides that the run holds already."""
+    run = RunDirectory(Path(directory) if directory else Path("runs") / plan.stem)
+    standing = open_lock(run).overrides if run.lock.is_file() else {}
+    return load_plan(plan, overrides, standing), run
 
 
 def start(
@@ -24,15 +33,15 @@ def start(
     accept: Sequence[str],
     view: View,
 ) -> RunResult:
-    """Load the plan, over the overrides that the run holds already, and walk it."""
+    """Start the plan's run, or continue what is there. Says which overrides stand from earlier starts."""
     from onward.runs.walk import run_plan
 
-    chosen = Path(directory) if directory else Path("runs") / plan.stem
-    run = RunDirectory(chosen)
-    standing = open_lock(run).overrides if run.lock.is_file() else {}
-    loaded = load_plan(plan, overrides, standing)
-    for key, value in standing.items():
-        if loaded.overrides.get(key) == value and not any(said.startswith(f"{key}=") for said in overrides):
-            view.note(f"override {key}={value} stands, from when the run began")
-    parts = [f"onward run {plan}", *overrides, *([f"--run {directory}"] if directory else [])]
-    return run_plan(loaded, chosen, until=until, accept=accept, view=view, command=" ".join(parts))
+    loaded, run = find(plan, overrides, directory)
+    written = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in loaded.overrides.items()]
+    given = {word.partition("=")[0] for word in overrides}
+    for word in written:
+        if word.partition("=")[0] not in given:
+            view.note(f"{word} stands, from an earlier start of this run")
+    place = ["--run", str(directory)] if directory else []
+    command = shlex.join(["onward", "run", str(plan), *written, *place])
+    return run_plan(loaded, run.path, until=until, accept=accept, view=view, command=command)
