@@ -54,8 +54,9 @@ def text_model(
     words = tokenizer()
     size = {
         "vocab_size": len(words), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "tie_word_embeddings": tied, "attention_dropout": 0.1,
-        "pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id, "bos_token_id": None,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+        "tie_word_embeddings": tied, "attention_dropout": 0.1, "pad_token_id": words.pad_token_id,
+        "eos_token_id": words.eos_token_id, "bos_token_id": None,
     }  # fmt: skip
     if kind in ("llama", "qwen3"):
         size["head_dim"] = 8

@@ -10,10 +10,13 @@ demo/digits. Exit status 1 when the runs differ in a single bit, or when the mod
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +35,31 @@ def main() -> None:
     start_over()
     print(f"onward's digits demo: about three minutes on two cores, all of it in {HERE}.")
 
-    with part("Real images, and a small vision-language model with random weights"):
+    with part("1. Real images, and a small vision-language model with random weights"):
         prepare(HERE)
         for name in ("train", "heldout"):
-            print(f"   {count(f'data/digit-{name}.jsonl')} {name} images of handwritten digits, two questions each")
+            print(f"   {len(rows(f'data/digit-{name}.jsonl'))} {name} images of handwritten digits, two questions each")
 
-    with part("What would this plan do? Found out without training"):
+    with part("2. What would this plan do? Found out without training"):
         lines = onward("check", "plan.yaml").splitlines()
         wanted = ("plan.yaml", "stage", "language_model ", "projector ", "vision_tower ", "everything else", "promise")
         print("\n".join(f"   {line}" for line in lines if "parameters" in line or line.strip().startswith(wanted)))
 
-    with part("The reference: the plan, not interrupted"):
+    with part("3. The reference: the plan, not interrupted"):
         train(WHOLE)
 
-    with part("The same plan again, killed in the middle of each stage (SIGKILL: nothing can be saved)"):
+    with part("4. The same plan again, killed in the middle of each stage (SIGKILL: nothing can be saved)"):
         for kill in KILLS:
             train(KILLED, kill)
         train(KILLED)
         tiers = [event["tier"] for event in rows(f"{KILLED}/journal.jsonl") if "tier" in event]
         expect(tiers == ["bitwise"] * 3, f"a start promised less than bitwise: {tiers}")
 
-    with part("Did the kills change anything? Every tensor, optimizer state and metrics row of both runs"):
+    with part("5. Did the kills change anything? Every tensor, optimizer state and metrics row of both runs"):
         print("\n".join(f"   {line}" for line in onward("diff", WHOLE, KILLED).splitlines()))
         expect(json.loads(onward("diff", WHOLE, KILLED, "--json", shown=False))["equal"], "the runs differ")
 
-    with part("What it learnt, on images that it never saw"):
+    with part("6. What it learnt, on images that it never saw"):
         for stage, question in (("learn", "Which digit is this?"), ("adapt", "What is nine minus this digit?")):
             measured = [row["evaluation"] for row in rows(f"{KILLED}/metrics.jsonl") if is_measured(row, stage)]
             before, after = measured[0]["exact_match"], measured[-1]["exact_match"]
@@ -75,18 +78,80 @@ def main() -> None:
     print(f"   {HERE / 'plan.yaml'}: what was trained, and how; README.md says how to write one for your own data")
 
 
-class part:  # noqa: N801
-    """A numbered heading, and the seconds that the part took."""
+@contextmanager
+def part(title: str) -> Iterator[None]:
+    """A heading, and the seconds that the part took."""
+    print(f"\n{title}", flush=True)
+    began = time.perf_counter()
+    yield
+    print(f"   ({time.perf_counter() - began:.0f} s)", flush=True)
 
-    number = 0
 
-    def __init__(self, title: str) -> None:
-        part.number += 1
-        print(f"\n{part.number}. {title}", flush=True)
+def train(run: str, kill: tuple[str, int] | None = None) -> None:
+    """`onward run` on the plan, showing what it says; SIGKILLed once `kill` = (stage, step) is trained."""
+    print(f"   $ onward run plan.yaml --run {run}", flush=True)
+    log, metrics = HERE / "run.log", f"{run}/metrics.jsonl"
+    with log.open("w", encoding="utf-8") as out, log.open(encoding="utf-8") as said:
+        command = [ONWARD, "run", "plan.yaml", "--run", run]
+        process = subprocess.Popen(command, cwd=HERE, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            while process.poll() is None:
+                time.sleep(0.2)
+                show(said.read())
+                if kill and kill in {(row["stage"], row["step"]) for row in rows(metrics)}:
+                    break
+        finally:
+            process.kill()
+            process.wait()
+        show(said.read())
+    if kill is None:
+        expect(process.returncode == 0, f"onward run failed:\n{log.read_text(encoding='utf-8')}")
+        return
+    expect(process.returncode < 0, f"the run ended before it could be killed:\n{log.read_text(encoding='utf-8')}")
+    last = rows(metrics)[-1]
+    print(f"      killed: stage {last['stage']} was at step {last['step']}", flush=True)
 
-    def __enter__(self) -> None:
-        self.began = time.perf_counter()
 
-    def __exit__(self, kind: Any, *rest: object) -> None:
-        if kind is None:
-            print(f"   ({time.perf_counter() - self.began:.0f} s)", flush=True)
+def show(text: str) -> None:
+    """What the run said, without its progress and what only matters to someone who looks for it."""
+    for line in text.splitlines():
+        if line and not re.match(r"\w+ \d+/\d+ ", line):
+            print(f"      {line}", flush=True)
+
+
+def onward(*arguments: str, shown: bool = True) -> str:
+    """Stdout of an onward command, run in the demo's directory. Ends the demo when it fails."""
+    if shown:
+        print(f"   $ onward {' '.join(arguments)}", flush=True)
+    done = subprocess.run([ONWARD, *arguments], cwd=HERE, capture_output=True, text=True)
+    expect(done.returncode == 0, f"onward {arguments[0]} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def rows(path: str) -> list[dict[str, Any]]:
+    """The complete lines of a JSON lines file of the demo; none when it is not there yet."""
+    file = HERE / path
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def is_measured(row: dict[str, Any], stage: str) -> bool:
+    return row["stage"] == stage and "evaluation" in row
+
+
+def start_over() -> None:
+    """An empty directory of the demo's own; one that it did not make is left alone."""
+    if HERE.exists():
+        expect(MARKER.exists(), f"{HERE} was not made by this demo: move it away")
+        shutil.rmtree(HERE)
+    HERE.mkdir(parents=True)
+    MARKER.touch()
+
+
+def expect(holds: bool, otherwise: str) -> None:
+    if not holds:
+        sys.exit(f"demo failed: {otherwise}")
+
+
+if __name__ == "__main__":
+    main()

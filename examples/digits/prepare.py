@@ -56,7 +56,9 @@ def write_data(out: Path) -> None:
     images = out / "images"
     images.mkdir(parents=True)
     for index, pixels in enumerate(digits.images):
-        picture = Image.fromarray((pixels / 16 * 255).astype("uint8")).resize((PIXELS, PIXELS), Image.Resampling.BICUBIC)
+        picture = Image.fromarray((pixels / 16 * 255).astype("uint8")).resize(
+            (PIXELS, PIXELS), Image.Resampling.BICUBIC
+        )
         picture.convert("RGB").save(images / f"{index:04d}.png")
     train, heldout = train_test_split(
         range(len(digits.target)), test_size=HELD_OUT, stratify=digits.target, random_state=SEED
@@ -98,7 +100,10 @@ def write_model(out: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    corpus = ["user assistant system", *(text for digit in range(10) for ask in (ask_digit, ask_rest) for text in ask(digit))]
+    corpus = [
+        "user assistant system",
+        *(text for digit in range(10) for ask in (ask_digit, ask_rest) for text in ask(digit)),
+    ]
     bpe.train_from_iterator(corpus * 10, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", additional_special_tokens=["<image>"]

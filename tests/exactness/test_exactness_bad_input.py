@@ -87,7 +87,7 @@ CASES: dict[str, tuple[Callable[[Path], object], int, list[str]]] = {
     ),
     "a row without an assistant turn": (without_assistant, 1, ["colours.jsonl:5", "assistant"]),
     "a model with a missing shard": (missing_shard, 1, ["model-00001-of-00002.safetensors", "missing"]),
-    "a truncated model": (lambda here: truncated(here / "llava/model.safetensors"), 1, ["model.safetensors", "truncated"]),
+    "a truncated model": (lambda here: truncated(here / "llava/model.safetensors"), 1, ["model.safetensors: "]),
     "a run directory that is none": (
         lambda here: (here / "runs/llava").mkdir(parents=True) or (here / "runs/llava/thesis.tex").write_text("x"),
         3, ["runs/llava", "is not a run directory", "thesis.tex", "--run"],

@@ -48,7 +48,7 @@ VARIANTS = {
     "a pattern": {"model": "llama", "first": "'layers\\.1\\.mlp': {mode: full}", "second": "'self_attn': {mode: lora}"},
     "the best checkpoint": {
         "model": "llama", "first": FULL, "second": LORA,
-        "more": "output: {from: best}\n    evaluate: {data: text.jsonl, metrics: [loss, token_accuracy], every: 2, limit: 8}",
+        "more": "output: {from: best}\n    evaluate: {data: text.jsonl, metrics: [loss], every: 2, limit: 8}",
     },
 }  # fmt: skip
 

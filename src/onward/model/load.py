@@ -32,10 +32,12 @@ def load_model(directory: Path, *, precision: str, device: str) -> LoadedModel:
     opened = open_model_directory(directory)
     bf16 = precision == "bf16" and all(entry.dtype == "BF16" for entry in opened.tensors.values())
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report of what it would replace; here each of those is an error
     model, info = getattr(transformers, opened.family.auto_class).from_pretrained(
         directory,
         dtype=torch.bfloat16 if bf16 else torch.float32,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # tells them apart instead of raising a report
         local_files_only=True,
         trust_remote_code=False,
     )

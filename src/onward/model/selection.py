@@ -115,17 +115,25 @@ def _owners(
                     f"is no module of this model, and no regular expression ({error})", where=where[key]
                 ) from None
     owner: dict[str, str | None] = {}
+    narrower = list(family.modules)  # a family names its parts after the whole
     for name in names:
-        claims = [(len(match[0]), key) for key, pattern in patterns.items() if (match := pattern.search(name))]
-        claims = claims or [
-            (len(prefix), key) for key, prefixes in modules.items() for prefix in prefixes if name.startswith(prefix)
-        ]
-        best = max(claims, default=(0, None), key=lambda claim: claim[0])
-        rivals = [key for length, key in claims if length == best[0] and key != best[1]]
-        if rivals:
-            raise PlanError(f"{name} is claimed by {best[1]} and by {rivals[0]} alike", where=where[rivals[0]])
-        owner[name] = best[1]
+        matches = {key: len(match[0]) for key, pattern in patterns.items() if (match := pattern.search(name))}
+        if matches:
+            longest = [key for key in matches if matches[key] == max(matches.values())]
+            if len(longest) > 1:
+                raise PlanError(f"{name} is claimed by {longest[0]} and by {longest[1]} alike", where=where[longest[1]])
+            owner[name] = longest[0]
+        else:
+            claims = [
+                (len(prefix), narrower.index(key), key)
+                for key, prefixes in modules.items()
+                for prefix in prefixes
+                if name.startswith(prefix)
+            ]
+            owner[name] = max(claims)[-1] if claims else None
     for key in train:
+        if key in patterns and key not in owner.values() and any(patterns[key].search(name) for name in owner):
+            raise PlanError(f"{key} claims nothing: all that it matches is matched longer by others", where=where[key])
         if key not in owner.values():
             near = difflib.get_close_matches(key, family.modules, n=1)
             known = f"modules: {', '.join(family.modules)}; or" if family.modules else "this model is trained by"

@@ -60,7 +60,7 @@ def resolve(loaded: LoadedPlan) -> Resolved:
             else:
                 carried |= {layer.layer: layer for layer in selection.lora}
                 carried_full |= set(selection.full)
-                _fits_in_an_adapter(carried, carried_full, loaded.where("stages", number, "output"))
+                _fits_in_an_adapter(model, carried, carried_full, loaded.where("stages", number, "output"))
             evaluation = stage.evaluate.data if stage.evaluate else ()
             sources = tuple(_source(loaded, s, ("stages", number, "data", i)) for i, s in enumerate(stage.data))
             measured = tuple(
@@ -142,16 +142,13 @@ def _fits_what_is_carried(selection: Selection, carried: Mapping[str, LoraLayer]
             )
 
 
-def _fits_in_an_adapter(carried: Mapping[str, LoraLayer], full: set[str], where: str) -> None:
-    """A PEFT directory holds a layer as an adapter or as a whole, not both."""
+def _fits_in_an_adapter(model: ModelDirectory, carried: Mapping[str, LoraLayer], full: set[str], where: str) -> None:
+    """A PEFT directory holds a layer as an adapter or as a whole, not both, and no embedding that is the head too."""
+    reason = "" if carried else "no stage up to here trains adapters"
     for name in sorted(full):
         if name.removesuffix(".weight") in carried:
-            raise PlanError(
-                f"{name} is trained in full and has adapters: a PEFT directory cannot hold both",
-                where=where,
-                hint="say `output: merged`",
-            )
-    if not carried:
-        raise PlanError(
-            "form: adapters, but no stage up to here trains adapters", where=where, hint="say `output: merged`"
-        )
+            reason = f"{name} is trained in full and has adapters: a PEFT directory cannot hold both"
+        if model.tied and name.endswith("embed_tokens.weight"):
+            reason = f"{name} is tied to the head and trained in full: PEFT would untie them"
+    if reason:
+        raise PlanError(f"form: adapters, but {reason}", where=where, hint="say `output: merged`")

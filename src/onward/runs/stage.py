@@ -312,4 +312,5 @@ def _retire(session: Session, live: LiveStage) -> None:
         keep_last=keep.last,
         keep_every=keep.every,
         best_steps=[best["step"]] if best and is_kept else [],
+        stage=live.plan.name,
     )
