@@ -92,7 +92,7 @@ def train(run: str, kill: tuple[str, int] | None = None) -> None:
     print(f"   $ onward run plan.yaml --run {run}", flush=True)
     log, metrics = HERE / "run.log", f"{run}/metrics.jsonl"
     with log.open("w", encoding="utf-8") as out, log.open(encoding="utf-8") as said:
-        command = [ONWARD, "run", "plan.yaml", "--run", run]
+        command = [str(ONWARD), "run", "plan.yaml", "--run", run]
         process = subprocess.Popen(command, cwd=HERE, stdout=out, stderr=subprocess.STDOUT)
         try:
             while process.poll() is None:

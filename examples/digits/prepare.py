@@ -78,7 +78,7 @@ def sample(image: str, digit: int, ask: Callable[[int], tuple[str, str]]) -> dic
 
 
 def write_model(out: Path) -> None:
-    """A LLaVA of some 1.5 million random parameters with its own tokenizer and processor, as a Hugging Face directory."""
+    """A LLaVA of 1.5 million random parameters with its own tokenizer and processor, as a Hugging Face directory."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import (

@@ -36,7 +36,8 @@ def described_functions(library: Path) -> Iterator[tuple[str, str, str]]:
         except (SyntaxError, UnicodeDecodeError):
             continue
         for node in ast.walk(tree):
-            if not isinstance(node, ast.FunctionDef) or len(node.body) < 2 or not (docstring := ast.get_docstring(node)):
+            docstring = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
+            if not isinstance(node, ast.FunctionDef) or not docstring or len(node.body) < 2:
                 continue
             sentence = docstring.strip().splitlines()[0].strip()
             source = ast.unparse(ast.FunctionDef(**{**dict(ast.iter_fields(node)), "body": node.body[1:]}, lineno=1))
@@ -83,18 +84,18 @@ def write_model(out: Path) -> None:
     tokenizer = tokenizer_of(GGUFReader(file))
     unpacked = AutoModelForCausalLM.from_pretrained(package, gguf_file=file.name, dtype=torch.float32)
     kept = (
-        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-        "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings",
     )  # fmt: skip
     special = {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
     model = LlamaForCausalLM(LlamaConfig(**{key: getattr(unpacked.config, key) for key in kept}, **special))
-    model.load_state_dict(unpacked.state_dict())  # a plain model: what was read from GGUF cannot be saved by transformers
+    model.load_state_dict(unpacked.state_dict())  # transformers cannot save the model that it read from GGUF
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
 def tokenizer_of(reader: Any) -> Any:
-    """The tokenizer that a GGUF file describes: byte-level BPE which takes digits one by one (its pre-tokenizer `smollm`)."""
+    """The tokenizer that a GGUF file describes: byte-level BPE, digits one by one (its pre-tokenizer is `smollm`)."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -108,7 +109,8 @@ def tokenizer_of(reader: Any) -> Any:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     bpe.decoder = decoders.ByteLevel()
-    bpe.add_special_tokens([token for token, kind in zip(tokens, value("ggml.token_type"), strict=True) if kind == control])
+    kinds = value("ggml.token_type")
+    bpe.add_special_tokens([token for token, kind in zip(tokens, kinds, strict=True) if kind == control])
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token="<|im_start|>",
