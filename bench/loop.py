@@ -3,7 +3,8 @@
     python bench/loop.py [--rounds 3] [--steps 40] [--threads N]
 
 Each contender trains the same model from the same weights on the same samples in the same order, with the same
-micro-batches, optimizer, clipping and threads, in a process of its own; the turns go A B C A B C. The first steps warm up.
+micro-batches, optimizer, clipping and threads, in a process of its own; the turns go A B C A B C. The first steps
+warm up.
 A ratio compares two contenders of the same round: the machine may be another one in the next.
 """
 

@@ -40,7 +40,7 @@ def test_workers_change_nothing(place: Path, reference: dict[str, Path], tmp_pat
     assert start(plan, run, f"defaults.workers={workers}", view=Killer(("learn", 4))) == KILLED
     assert start(plan, run, f"defaults.workers={2 - workers}") == 0
     different = [line for line in differences(reference["llava"], run).splitlines() if line.startswith("≠")]
-    assert different == ["≠ plan: differs"]  # the number of workers
+    assert set(different) <= {"≠ plan: differs"}  # the number of workers
 
 
 def points() -> list:

@@ -161,6 +161,8 @@ def _check_probe(session: Session, live: LiveStage) -> None:
 
 def train_stage(session: Session, live: LiveStage) -> int:
     """Train from where the stage stands to its end or a signal; returns the steps trained. Saves at the end."""
+    import torch
+
     from onward.data.batches import step_batches
     from onward.train.loop import Duties, train
 
@@ -196,7 +198,19 @@ def train_stage(session: Session, live: LiveStage) -> int:
         record=record,
         stopping=session.stopping,
     )
-    return train(training, live.engine, batches, duties)
+    try:
+        return train(training, live.engine, batches, duties)
+    except torch.OutOfMemoryError as error:
+        smaller = max(1, live.micro_batch_size // 2)
+        raise TrainingError(
+            f"out of memory with {live.micro_batch_size} samples at once: {str(error).splitlines()[0]}",
+            hint=f"run again with stages.{stage.name}.micro_batch_size={smaller}: what a step means stays the same",
+        ) from None
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        hint = "run the same command again; with workers=0 rows are read in this process"
+        raise TrainingError(f"a data-loader worker died: {error}", hint=hint) from None
 
 
 def _evaluate(session: Session, live: LiveStage) -> dict[str, float]:
