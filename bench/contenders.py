@@ -2,8 +2,8 @@
 
     python bench/contenders.py onward|bare|trainer MATERIAL LOSS_ON THREADS
 
-`ends`: seconds at the end of each step, with everything that the contender does between two steps. `loss`: of the
-trained model on the first step's samples, by the same code for all: whoever did the same work has the same loss.
+`ends`: wall and CPU seconds at the end of each step, with everything that the contender does between two. `loss`: of
+the trained model on the first step's samples, by the same code for all: whoever did the same work has the same loss.
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ import material
 import torch
 
 Samples = list[tuple[list[int], list[int]]]
+Instant = tuple[float, float]
+
+
+def now() -> Instant:
+    """Wall and CPU seconds of this process."""
+    return time.perf_counter(), time.process_time()
 
 
 def collate(samples: Samples, pad_id: int) -> dict[str, torch.Tensor]:
@@ -49,7 +55,7 @@ def weight_decay_groups(model: Any) -> list[dict[str, Any]]:
     ]
 
 
-def bare(folder: Path, loss_on: str, steps: list[Samples]) -> tuple[list[float], Any]:
+def bare(folder: Path, loss_on: str, steps: list[Samples]) -> tuple[list[Instant], Any]:
     """The loop that one writes oneself: tokenized before, no checkpoint, no metrics, the loss read at every step."""
     model = load(folder / "model").train()
     optimizer = torch.optim.AdamW(weight_decay_groups(model), lr=material.LEARNING_RATE, fused=True)
@@ -65,11 +71,11 @@ def bare(folder: Path, loss_on: str, steps: list[Samples]) -> tuple[list[float],
         optimizer.step()
         optimizer.zero_grad()
         total.item()
-        ends.append(time.perf_counter())
+        ends.append(now())
     return ends, model
 
 
-def trainer(folder: Path, loss_on: str, steps: list[Samples]) -> tuple[list[float], Any]:
+def trainer(folder: Path, loss_on: str, steps: list[Samples]) -> tuple[list[Instant], Any]:
     """Hugging Face Trainer, tokenized before, without checkpoints, logging every 10 steps."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -77,7 +83,7 @@ def trainer(folder: Path, loss_on: str, steps: list[Samples]) -> tuple[list[floa
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
+            ends.append(now())
 
     with tempfile.TemporaryDirectory() as out:
         arguments = TrainingArguments(
@@ -103,19 +109,19 @@ class Watch:
     """A view that notes when each step's row was there."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.ends: list[Instant] = []
 
     def note(self, text: str) -> None: ...
 
     def stage(self, name: str, index: int, total: int, steps: int, done: int) -> None: ...
 
     def step(self, row: dict[str, Any]) -> None:
-        self.ends.append(time.perf_counter())
+        self.ends.append(now())
 
     def done(self, text: str) -> None: ...
 
 
-def onward(folder: Path, loss_on: str, steps: list[Samples]) -> tuple[list[float], Any]:
+def onward(folder: Path, loss_on: str, steps: list[Samples]) -> tuple[list[Instant], Any]:
     """`onward run` as it is: encodes and proves each sample when it is due, writes a metrics row at every step."""
     from onward.runs.start import start
 

@@ -4,8 +4,8 @@
 
 Each contender trains the same model from the same weights on the same samples in the same order, with the same
 micro-batches, optimizer, clipping and threads, in a process of its own; the turns go A B C A B C. The first steps
-warm up.
-A ratio compares two contenders of the same round: the machine may be another one in the next.
+warm up. A ratio compares two contenders of the same round: the machine may be another one in the next. Where others use
+the machine too, CPU seconds say more than seconds, and one thread more than all.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ SAME_LOSS = 1e-3
 class Reading:
     """What one contender did in one round: tokens a second over the timed steps, and the loss that it reached."""
 
-    tokens_per_second: float
+    per_second: float
+    per_cpu_second: float
     loss: float
 
 
@@ -50,8 +51,8 @@ def measure(name: str, folder: Path, loss_on: str, threads: int) -> Reading:
     result = json.loads(done.stdout.rpartition("RESULT ")[2])
     steps = json.loads((folder / loss_on / "steps.json").read_text())
     tokens = sum(len(ids) for samples in steps[WARM_UP:] for ids, _ in samples)
-    ends = result["ends"]
-    return Reading(tokens / (ends[-1] - ends[WARM_UP - 1]), result["loss"])
+    (wall_begin, cpu_begin), (wall_end, cpu_end) = result["ends"][WARM_UP - 1], result["ends"][-1]
+    return Reading(tokens / (wall_end - wall_begin), tokens / (cpu_end - cpu_begin), result["loss"])
 
 
 def spread(values: list[float], digits: int) -> str:
@@ -64,19 +65,19 @@ def table(loss_on: str, rounds: list[dict[str, Reading]]) -> str:
     lines = [
         f"loss_on: {loss_on}",
         "",
-        "| | tokens/s | of the bare loop | of Trainer | loss after |",
-        "|---|---|---|---|---|",
+        "| | tokens/s | of the bare loop | of Trainer | of the bare loop, by CPU time | loss after |",
+        "|---|---|---|---|---|---|",
     ]
     for name in CONTENDERS:
-        speeds = [readings[name].tokens_per_second for readings in rounds]
-        against = [
-            [readings[name].tokens_per_second / readings[other].tokens_per_second for readings in rounds]
-            for other in ("bare", "trainer")
+        own, bare, trainer = ([readings[other] for readings in rounds] for other in (name, "bare", "trainer"))
+        cells = [
+            spread([mine.per_second for mine in own], 0),
+            spread([mine.per_second / its.per_second for mine, its in zip(own, bare, strict=True)], 3),
+            spread([mine.per_second / its.per_second for mine, its in zip(own, trainer, strict=True)], 3),
+            spread([mine.per_cpu_second / its.per_cpu_second for mine, its in zip(own, bare, strict=True)], 3),
+            f"{own[0].loss:.5f}",
         ]
-        loss = rounds[0][name].loss
-        lines.append(
-            f"| {name} | {spread(speeds, 0)} | {spread(against[0], 3)} | {spread(against[1], 3)} | {loss:.5f} |"
-        )
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -96,7 +97,8 @@ def main() -> None:
     chosen = arguments.parse_args()
     libraries = ", ".join(f"{name} {version(name)}" for name in ("onward", "torch", "transformers"))
     print(
-        f"{platform.machine()}, {os.cpu_count()} cores, {chosen.threads} threads, Python {platform.python_version()}, {libraries}\n"
+        f"{platform.machine()}, {os.cpu_count()} cores, threads: {chosen.threads}, Python {platform.python_version()}, "
+        f"{libraries}\n"
         f"batch_size {material.BATCH_SIZE} in micro-batches of {material.MICRO_BATCH_SIZE}, fp32, full training; "
         f"{chosen.rounds} rounds, {chosen.steps - WARM_UP} steps timed after {WARM_UP}: median (least–most)\n"
     )

