@@ -253,7 +253,8 @@ def _recorder(session: Session, live: LiveStage) -> Callable[[dict[str, Any]], N
         if before is not None and session.tier == "bitwise":
             _compare_replay(session, before, next(iter(canonical_metrics([row]).values())))
         append_jsonl(session.directory.metrics, [row])
-        session.view.step(row)
+        if row["step"]:  # step 0 is the evaluation at the start
+            session.view.step(row)
 
     return record
 
@@ -310,7 +311,7 @@ def save(session: Session, live: LiveStage) -> None:
 
 
 def _has_probe(session: Session, live: LiveStage) -> bool:
-    """Does the checkpoint of this step carry a probe? A function of the step alone; where saves are frequent, some do."""
+    """Does the checkpoint of this step carry a probe? By the step alone: where saves are frequent, only some do."""
     every, step = session.resolved.loaded.plan.checkpoint.every, live.training.progress.step
     apart = math.ceil(PROBE_SHARE * PROBE_SAMPLES / (every * live.plan.batch_size))
     return step == live.inputs.total_steps or step % every != 0 or step // every % apart == 0

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def find(plan: Path, overrides: Sequence[str], directory: str | Path | None) -> tuple[LoadedPlan, RunDirectory]:
-    """The plan and its run directory (default: runs/<the plan's name>), over the overrides that the run holds already."""
+    """The plan and its run directory (default: runs/<the plan's name>), over the overrides that the run holds."""
     run = RunDirectory(Path(directory) if directory else Path("runs") / plan.stem)
     standing = open_lock(run).overrides if run.lock.is_file() else {}
     return load_plan(plan, overrides, standing), run
