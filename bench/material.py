@@ -1,4 +1,4 @@
-"""What every contender trains: a Llama of 6 million parameters with its tokenizer, real text, and onward's plan.
+"""What every contender trains: a Llama of 5 million parameters with its tokenizer, real text, and onward's plan.
 
 model/            Llama, hidden 256 x 4 layers, vocabulary 4096, random weights; ChatML template
 train.jsonl       functions of Python's standard library → the first line of their docstrings
