@@ -58,17 +58,15 @@ def main() -> None:
 
 
 def answers(model: Path) -> list[tuple[str, str, str]]:
-    """(question, what the library says, what the model says) for the first held-out functions."""
-    import torch
-
+    """(question, what the library says, what the model says) for some held-out functions."""
     from onward.data.encode import load_encoder
     from onward.data.samples import Origin
     from onward.evaluate.generate import generate_answers
     from onward.model.load import load_model
 
-    torch.set_num_threads(1)  # as the plan does
     file = HERE / "data/heldout.jsonl"
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:SHOWN]]
+    lines = file.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines[:: len(lines) // SHOWN][:SHOWN]]
     encoder = load_encoder(model, max_length=1024, overlong="error", loss_on="assistant", date="2026-01-01")
     loaded = load_model(model, precision="fp32", device="cpu")
     pairs = generate_answers(loaded.model, encoder, [(row, Origin("", str(file), file.parent)) for row in rows], 48)
