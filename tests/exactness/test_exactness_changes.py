@@ -137,3 +137,18 @@ def test_another_run_s_checkpoint_is_not_used(place: Path, reference: dict[str, 
     shutil.rmtree(foreign)
     assert start(place / "text.yaml", run) == 0
     assert_identical(reference["text"], run)
+
+
+def test_other_code_of_onward_s_own_is_refused(place: Path, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Two states of a working copy have one version; what computes is another all the same."""
+
+    def patch() -> None:
+        import onward.runs.environment as environment
+
+        environment._sources = lambda: "0123456789abcdef"
+
+    before = content(run)
+    assert start(place / "text.yaml", run, patch=patch) == 3
+    assert "environment.onward" in (said := capfd.readouterr().err)
+    assert "--accept environment" in said
+    assert content(run) == before

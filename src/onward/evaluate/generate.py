@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from onward.data.encode import Encoder
 from onward.data.samples import BadSample, Encoded, Origin
 from onward.errors import InputError
+from onward.model.forward import evaluating
 
 
 def generate_answers(
@@ -35,12 +36,9 @@ def generate_answers(
         except BadSample as error:
             raise InputError(error.reason, where=error.where) from None
     said: list[str] = []
-    training = model.training
-    model.eval()
-    with torch.no_grad(), autocast or nullcontext():
+    with evaluating(model, autocast):
         for begin in range(0, len(prompts), batch_size):
             said += _generate(model, encoder, [p.inputs for p in prompts[begin : begin + batch_size]], max_new_tokens)
-    model.train(training)
     return [(text, prompt.answer.strip()) for text, prompt in zip(said, prompts, strict=True)]
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch.nn import functional
 
 from onward.data.batches import eval_batches
@@ -14,7 +13,7 @@ from onward.data.encode import Encoder
 from onward.data.order import Draw
 from onward.data.prepare import StageData
 from onward.evaluate.generate import generate_answers
-from onward.model.forward import target_logits
+from onward.model.forward import evaluating, target_logits
 
 METRICS = ("loss", "token_accuracy", "exact_match")
 
@@ -44,7 +43,7 @@ def measure(
     """
     values: dict[str, float] = {}
     if {"loss", "token_accuracy"} & set(metrics):
-        values = _over_targets(model, encoder, data, batch_size, limit, autocast or nullcontext())
+        values = _over_targets(model, encoder, data, batch_size, limit, autocast)
     if "exact_match" in metrics:
         draws = [Draw(i, row, 0) for i, source in enumerate(data.sources) for row in range(len(source.used))][:limit]
         rows = [(data.row(draw), data.origin(draw)) for draw in draws]
@@ -59,17 +58,14 @@ def _over_targets(
     data: StageData,
     batch_size: int,
     limit: int | None,
-    autocast: AbstractContextManager[Any],
+    autocast: AbstractContextManager[Any] | None,
 ) -> dict[str, float]:
     loss, right, targets = 0.0, 0, 0
-    training = model.training
-    model.eval()
-    with torch.no_grad(), autocast:
+    with evaluating(model, autocast):
         for batch in eval_batches(data, encoder, batch_size, limit):
             for micro_batch in batch.micro_batches:
                 logits, expected = target_logits(model, micro_batch)
                 loss += float(functional.cross_entropy(logits, expected, reduction="sum").item())
                 right += int((logits.argmax(dim=-1) == expected).sum())
                 targets += len(expected)
-    model.train(training)
     return {"loss": loss / targets, "token_accuracy": right / targets}

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch.nn import functional
 
 IGNORED = -100
+
+
+@contextmanager
+def evaluating(model: Any, autocast: AbstractContextManager[Any] | None = None) -> Iterator[None]:
+    """Dropout off and no gradients while the block runs; afterwards the model is in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), autocast or nullcontext():
+            yield
+    finally:
+        model.train(training)
 
 
 def column_logits(model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,11 +9,11 @@ from typing import Any
 
 from onward.checkpoint.manifest import MANIFEST, read_manifest
 from onward.errors import PlanError
-from onward.files import read_json
+from onward.files import read_json, read_jsonl
 from onward.plan.changes import plan_changes
 from onward.plan.lock import Lock, locked_plan, read_lock
 from onward.runs.directory import RunDirectory
-from onward.runs.journal import canonical_metrics, read_metrics
+from onward.runs.journal import canonical_metrics
 from onward.weights.compare import TensorComparison, compare_tensors
 
 SHOWN = 10
@@ -66,7 +66,7 @@ def diff(a: Path, b: Path) -> DiffReport:
 def _runs(a: Path, b: Path) -> Iterator[Part]:
     one, other = RunDirectory(a), RunDirectory(b)
     yield from _locks(read_lock(one.lock), read_lock(other.lock))
-    yield _metrics(canonical_metrics(read_metrics(one.metrics)), canonical_metrics(read_metrics(other.metrics)))
+    yield _metrics(canonical_metrics(read_jsonl(one.metrics)), canonical_metrics(read_jsonl(other.metrics)))
     yield from _pairs(a, b, "stages/*/checkpoints/*")
     yield from _pairs(a, b, "stages/*/output")
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onward.files import canonical_json, digest_bytes, digest_file
 from onward.plan.schema import Plan
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ PACKAGES = (
 def environment(plan: Plan) -> dict[str, str]:
     """Name → value of everything in the list. Torch is imported only where a device has to be asked for its name."""
     values = {name: _version(name) for name in PACKAGES}
+    values["onward"] += f", sources {_sources()}"
     values["python"] = platform.python_version()
     device = device_name(plan)
     values["engine"] = f"{plan.engine.name}, 1 rank"
@@ -37,6 +40,14 @@ def environment(plan: Plan) -> dict[str, str]:
     values["threads"] = str(threads(plan))
     values["deterministic"] = str(plan.deterministic).lower()
     return values
+
+
+@cache
+def _sources() -> str:
+    """A digest of onward's own code: two states of a working copy have the same version."""
+    package = Path(__file__).parents[1]
+    files = {str(path.relative_to(package)): digest_file(path) for path in sorted(package.rglob("*.py"))}
+    return digest_bytes(canonical_json(files)).removeprefix("sha256:")[:16]
 
 
 def _version(package: str) -> str:

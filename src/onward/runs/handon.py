@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from onward.checkpoint.manifest import Manifest, write_file, write_manifest
 from onward.checkpoint.read import open_checkpoint
 from onward.checkpoint.removal import belongs_to, claim, discard, release
-from onward.checkpoint.save import Adapter
+from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS, Adapter
 from onward.checkpoint.tensorfile import write_tensors
 from onward.errors import TrainingError
 from onward.files import PARTIAL, committed_directory, require_space
@@ -20,7 +20,7 @@ from onward.plan.schema import Stage
 from onward.runs.directory import checkpoint_name
 from onward.runs.environment import threads
 from onward.runs.journal import write_event
-from onward.runs.outputs import ADAPTER_CONFIG, ADAPTER_TENSORS, Start, as_peft, base_name
+from onward.runs.outputs import Start, as_peft, base_name
 from onward.runs.reopen import reopened_logits
 from onward.runs.stage import LiveStage, put_in_place
 from onward.weights.merge import merge, merge_bytes

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from onward.files import append_jsonl, read_jsonl
+from onward.files import append_jsonl
 
 VOLATILE = ("attempt", "time")  # what a metrics row says of the machine and not of the training
 
@@ -37,7 +37,3 @@ def canonical_metrics(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, int], d
         if key not in newest or row["attempt"] >= newest[key]["attempt"]:
             newest[key] = row
     return {key: {name: value for name, value in row.items() if name not in VOLATILE} for key, row in newest.items()}
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    return read_jsonl(path)

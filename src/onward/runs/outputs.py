@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onward.checkpoint.manifest import Manifest, read_manifest
+from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS
 from onward.checkpoint.verify import verify_directory
 from onward.errors import DamageError
 from onward.files import canonical_json, digest_bytes, read_json
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
     from onward.model.selection import LoraLayer
     from onward.model.trainable import Carried
-
-ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -74,10 +74,13 @@ def resolve(loaded: LoadedPlan) -> Resolved:
     return Resolved(loaded, model, tuple(stages))
 
 
-def select_from(model: ModelDirectory, stage: Stage, where: Mapping[str, str]) -> Selection:
-    """A stage's table from a model directory's headers."""
+def select_from(
+    model: ModelDirectory, stage: Stage, where: Mapping[str, str], linear: Collection[str] | None = None
+) -> Selection:
+    """A stage's table from a model directory's headers. `linear`: weights of linear layers, where known."""
     shapes = {name: entry.shape for name, entry in model.parameters().items()}
-    linear = {name for name, shape in shapes.items() if looks_linear(name, shape)}
+    if linear is None:
+        linear = {name for name, shape in shapes.items() if looks_linear(name, shape)}
     return select(stage, model.family, shapes, linear, tied=model.tied, where=where)
 
 

@@ -13,11 +13,12 @@ from onward.checkpoint.read import Checkpoint, newest_verified
 from onward.checkpoint.retention import retire
 from onward.checkpoint.save import Adapter, Snapshot, save_checkpoint
 from onward.errors import DamageError, Refused, TrainingError
-from onward.files import append_jsonl
+from onward.files import append_jsonl, read_jsonl
 from onward.plan.schema import Stage
 from onward.runs.directory import checkpoint_name
-from onward.runs.journal import canonical_metrics, read_metrics, write_event
+from onward.runs.journal import canonical_metrics, write_event
 from onward.runs.outputs import Start, base_name, carried_from
+from onward.runs.resolve import select_from
 
 if TYPE_CHECKING:
     from onward.engine.single import Single
@@ -62,7 +63,6 @@ def set_up(session: Session, number: int, start: Start) -> LiveStage:
     """Load the stage's base, make it ready to learn, put the newest verified checkpoint in place if there is one."""
     from onward.engine.single import Single
     from onward.model.load import linear_weights, load_model
-    from onward.model.selection import select
     from onward.model.trainable import make_trainable
     from onward.train.loop import Training
     from onward.train.optimizer import make_optimizer
@@ -72,9 +72,7 @@ def set_up(session: Session, number: int, start: Start) -> LiveStage:
     stage, plan = session.resolved.stages[number].plan, session.resolved.loaded.plan
     loaded = load_model(start.base, precision=stage.precision, device=str(session.device))
     where = {key: session.resolved.loaded.where("stages", number, "train", key) for key in stage.train}
-    opened = loaded.directory
-    shapes = {name: entry.shape for name, entry in opened.parameters().items()}
-    selection = select(stage, opened.family, shapes, linear_weights(loaded.model), tied=opened.tied, where=where)
+    selection = select_from(loaded.directory, stage, where, linear_weights(loaded.model))
     trainable = make_trainable(loaded, selection, carried_from(start.adapters), seed=plan.seed, stage=stage.name)
     inputs = session.inputs[stage.name]
     training = Training(
@@ -243,7 +241,7 @@ def _recorder(session: Session, live: LiveStage) -> Callable[[dict[str, Any]], N
     comparable = session.comparable_attempts()
     earlier = canonical_metrics(
         row
-        for row in read_metrics(session.directory.metrics)
+        for row in read_jsonl(session.directory.metrics)
         if row["stage"] == live.plan.name and row["step"] > step and row["attempt"] in comparable
     )
 

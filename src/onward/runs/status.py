@@ -13,7 +13,7 @@ from onward.files import read_jsonl
 from onward.plan.lock import locked_plan, read_lock
 from onward.runs.directory import RunDirectory
 from onward.runs.hold import holder
-from onward.runs.journal import canonical_metrics, read_metrics
+from onward.runs.journal import canonical_metrics
 
 RECENT = 20  # steps over which speed is averaged
 
@@ -82,8 +82,9 @@ def status(path: Path) -> RunStatus:
     lock = read_lock(run.lock)
     plan = locked_plan(lock)
     events = read_jsonl(run.journal)
-    rows = canonical_metrics(read_metrics(run.metrics))
-    raw = [row for row in read_metrics(run.metrics) if row["step"]]
+    metrics = read_jsonl(run.metrics)
+    rows = canonical_metrics(metrics)
+    raw = [row for row in metrics if row["step"]]
     held = holder(run.hold)
     names = [stage.name for stage in plan.stages]
     stages = tuple(_stage(run, names, name, events, rows) for name in names)
