@@ -33,7 +33,7 @@ GOOD_ENOUGH = 0.9
 def main() -> None:
     began = time.perf_counter()
     start_over()
-    print(f"onward's digits demo: three to five minutes on two cores, all of it in {HERE}.")
+    print(f"onward's digits demo: some three minutes on two cores, all of it in {HERE}.")
 
     with part("1. Real images, and a small vision-language model with random weights"):
         prepare(HERE)
@@ -45,22 +45,25 @@ def main() -> None:
             if re.match(r"plan.yaml|stage|promise|  module|  (\w+ )+ *(full|lora|frozen) |  \d+ steps", line):
                 print(f"   {line}")
 
-    with part("3. The reference: the plan, not interrupted"):
-        train(WHOLE)
-
-    with part("4. The same plan again, killed in the middle of each stage (SIGKILL: nothing can be saved)"):
-        for kill in KILLS:
-            train(KILLED, kill)
-        train(KILLED)
+    with part("3. Trained twice at once: left alone, and killed in the middle of each stage (SIGKILL saves nothing)"):
+        reference = start(WHOLE)
+        print("      (left alone, beside the other)")
+        try:
+            for kill in KILLS:
+                train(KILLED, kill)
+            train(KILLED)
+            finished(reference, WHOLE)
+        finally:
+            reference.kill()
         tiers = [event["tier"] for event in rows(f"{KILLED}/journal.jsonl") if "tier" in event]
         expect(tiers == ["bitwise"] * 3, f"a start promised less than bitwise: {tiers}")
 
-    with part("5. Did the kills change anything? Every tensor, optimizer state and metrics row of both runs"):
+    with part("4. Did the kills change anything? Every tensor, optimizer state and metrics row of both runs"):
         lines = onward("diff", WHOLE, KILLED).splitlines()  # its exit status is 1 when anything differs
         print("\n".join(f"   {line}" for line in lines))
         expect(lines[-1] == "bit-identical", "the runs differ")
 
-    with part("6. What it learnt, on images that it never saw"):
+    with part("5. What it learnt, on images that it never saw"):
         for stage, question in (("learn", "Which digit is this?"), ("adapt", "What is nine minus this digit?")):
             measured = [row["evaluation"] for row in rows(f"{KILLED}/metrics.jsonl") if is_measured(row, stage)]
             before, after = measured[0]["exact_match"], measured[-1]["exact_match"]
@@ -88,29 +91,43 @@ def part(title: str) -> Iterator[None]:
     print(f"   ({time.perf_counter() - began:.0f} s)", flush=True)
 
 
+def start(run: str) -> subprocess.Popen[bytes]:
+    """`onward run` on the plan, in the background; what it says goes into a log beside the plan."""
+    print(f"   $ onward run plan.yaml --run {run}", flush=True)
+    with log_of(run).open("wb") as log:
+        command = [ONWARD, "run", "plan.yaml", "--run", run]
+        return subprocess.Popen(command, cwd=HERE, stdout=log, stderr=subprocess.STDOUT)
+
+
 def train(run: str, kill: tuple[str, int] | None = None) -> None:
     """`onward run` on the plan, showing what it says; SIGKILLed once `kill` = (stage, step) is trained."""
-    print(f"   $ onward run plan.yaml --run {run}", flush=True)
-    log, metrics = HERE / "run.log", f"{run}/metrics.jsonl"
-    with log.open("w", encoding="utf-8") as out, log.open(encoding="utf-8") as said:
-        command = [str(ONWARD), "run", "plan.yaml", "--run", run]
-        process = subprocess.Popen(command, cwd=HERE, stdout=out, stderr=subprocess.STDOUT)
+    process = start(run)
+    with log_of(run).open(encoding="utf-8") as said:
         try:
             while process.poll() is None:
                 time.sleep(0.2)
                 show(said.read())
-                if kill and kill in {(row["stage"], row["step"]) for row in rows(metrics)}:
+                if kill and kill in {(row["stage"], row["step"]) for row in rows(f"{run}/metrics.jsonl")}:
                     break
         finally:
             process.kill()
             process.wait()
         show(said.read())
     if kill is None:
-        expect(process.returncode == 0, f"onward run failed:\n{log.read_text(encoding='utf-8')}")
+        finished(process, run)
         return
-    expect(process.returncode < 0, f"the run ended before it could be killed:\n{log.read_text(encoding='utf-8')}")
-    last = rows(metrics)[-1]
+    expect(process.returncode < 0, f"the run ended before it could be killed:\n{log_of(run).read_text()}")
+    last = rows(f"{run}/metrics.jsonl")[-1]
     print(f"      killed: stage {last['stage']} was at step {last['step']}", flush=True)
+
+
+def finished(process: subprocess.Popen[bytes], run: str) -> None:
+    """Wait for the run's end, which must be a good one."""
+    expect(process.wait() == 0, f"onward run failed:\n{log_of(run).read_text()}")
+
+
+def log_of(run: str) -> Path:
+    return HERE / f"{run.replace('/', '-')}.log"
 
 
 def show(text: str) -> None:

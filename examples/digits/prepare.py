@@ -78,7 +78,7 @@ def sample(image: str, digit: int, ask: Callable[[int], tuple[str, str]]) -> dic
 
 
 def write_model(out: Path) -> None:
-    """A LLaVA of 1.5 million random parameters with its own tokenizer and processor, as a Hugging Face directory."""
+    """A LLaVA of 3.1 million random parameters with its own tokenizer and processor, as a Hugging Face directory."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import (
@@ -116,7 +116,7 @@ def write_model(out: Path) -> None:
         patch_size=PATCH, attention_dropout=0.05, initializer_range=SPREAD,
     )  # fmt: skip
     text = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=192, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=256, attention_dropout=0.05, initializer_range=SPREAD,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
