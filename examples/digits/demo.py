@@ -10,6 +10,7 @@ demo/digits. Exit status 1 when the runs differ in a single bit, or when the mod
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -76,8 +77,9 @@ def main() -> None:
         expect(kept >= GOOD_ENOUGH, f"the first question is answered right for {kept:.1%} only")
 
     print(f"\nDone in {time.perf_counter() - began:.0f} s. Look around:")
-    print(f"   onward status {HERE / KILLED}")
-    print(f"   onward verify {HERE / KILLED}")
+    here = Path(os.path.relpath(ONWARD))
+    print(f"   {here} status {HERE / KILLED}")
+    print(f"   {here} verify {HERE / KILLED}")
     print(f"   {HERE / output}: the trained model, an ordinary Hugging Face directory")
     print(f"   {HERE / 'plan.yaml'}: what was trained, and how; README.md says how to write one for your own data")
 

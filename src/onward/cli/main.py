@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -32,6 +33,9 @@ exit status: 0 done · 1 failed check or verification · 2 wrong usage or plan �
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit status."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # Threads that spin while they wait slow each other down several times as soon as a core has other work to do;
+    # on an idle machine sleeping costs a few per cent. Read by OpenMP when torch loads it.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         status = _command(words)
         sys.stdout.flush()
