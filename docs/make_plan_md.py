@@ -27,6 +27,7 @@ BLOCKS: list[tuple[str, type[BaseModel], str]] = [
     ("optimizer", schema.Optimizer, "`optimizer: adamw` is short for `{name: adamw}`."),
     ("schedule", schema.Schedule, "`schedule: linear` is short for `{name: linear}`."),
     ("evaluate", schema.Evaluate, ""),
+    ("early_stopping", schema.EarlyStopping, ""),
     ("output", schema.Output, "`output: adapters` is short for `{form: adapters}`."),
     ("checkpoint", schema.CheckpointPlan, ""),
     (
@@ -49,7 +50,8 @@ Made from the program's own schema by `docs/make_plan_md.py`; `onward schema` pr
 - A key of `train` is a module (`language_model`, `vision_tower`, `projector`, `embed_tokens`, `lm_head`) or a regular expression that is searched in parameter names.
   A pattern goes before a module; among patterns, and among modules, the longest match wins. `language_model` includes embeddings and head unless they are named.
 - Changing a plan whose run exists: cadences, retention, workers, micro-batch and device are free; stages that have not begun may change; learning rates, weight decay,
-  dropout, clipping and the environment need `--accept KEY`; seed, model, data, batch, trained modules and ranks make another run of it.
+  dropout, clipping and the environment need `--accept KEY`; seed, model, data, batch, trained modules and ranks make another run of it
+  ([fork](branching.md)); more epochs go through [extend](branching.md).
 """
 
 

@@ -1,4 +1,4 @@
-"""Read a checkpoint without onward: verify every digest, then print what is in it. Needs numpy, for the tensors.
+"""Read a checkpoint without onward: verify every digest, then print what is in it. Needs numpy and xxhash.
 
 python read_checkpoint.py runs/plan/stages/1-sft/checkpoints/step-000100
 """
@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 NUMPY = {"BOOL": "?", "U8": "u1", "I8": "i1", "U16": "<u2", "I16": "<i2", "F16": "<f2", "U32": "<u4", "I32": "<i4"}
 NUMPY |= {"F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8"}
 NUMPY |= {"BF16": "<u2", "F8_E4M3": "u1", "F8_E5M2": "u1"}  # numpy has no such type: these are the bits
 
 
-def digest(data: bytes) -> str:
-    return "sha256:" + hashlib.sha256(data).hexdigest()
+def digest(data: bytes, algorithm: str = "sha256") -> str:
+    return f"{algorithm}:" + (xxhash.xxh3_128 if algorithm == "xxh3" else hashlib.sha256)(data).hexdigest()
 
 
 def read_manifest(directory: Path) -> dict:
@@ -27,7 +28,7 @@ def read_manifest(directory: Path) -> dict:
         sys.exit("manifest.json is damaged")
     for file in manifest["files"]:
         path = directory / file["path"]
-        if not path.is_file() or digest(path.read_bytes()) != file["digest"]:
+        if not path.is_file() or digest(path.read_bytes(), file["digest"].partition(":")[0]) != file["digest"]:
             sys.exit(f"{file['path']} is missing or damaged")
     return manifest
 

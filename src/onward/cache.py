@@ -6,6 +6,7 @@ Under ONWARD_CACHE, else $XDG_CACHE_HOME/onward, else ~/.cache/onward; where tha
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,12 @@ def remembered(kind: str, key: object, compute: Callable[[], bytes]) -> bytes:
     except OSError:
         pass  # a read-only home or a full disk costs time the next time, nothing else
     return value
+
+
+def forget() -> None:
+    """Forget the digests of all files: one was altered with its size, mtime and inode kept."""
+    for kind in ("digests", "jsonl"):
+        shutil.rmtree(cache_directory() / kind, ignore_errors=True)
 
 
 def cached_digest(path: Path) -> str:

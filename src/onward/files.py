@@ -5,34 +5,64 @@ The order is always the same: write under another name, fsync the file, rename, 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import secrets
+import shlex
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from onward.errors import DamageError, InputError
 
 PARTIAL = ".partial-"
 CHUNK = 1 << 20
+LINK = len(',"chain":"0123456789abcdef"}')
 
 
-def digest_bytes(data: bytes) -> str:
-    """`sha256:<hex>` of some bytes. The algorithm stands in every digest, so that another can follow."""
-    return "sha256:" + hashlib.sha256(data).hexdigest()
+class Hasher:
+    """A digest that grows, `<algorithm>:<hex>` in the end.
+
+    `sha256` where a digest is an identity (a base model, a plan, a manifest of itself). `xxh3` (128 bits) for the files
+    of checkpoints and outputs: it finds every accident and costs a tenth; nobody is kept by it from forging a file, but
+    who can write the file can write the manifest beside it too.
+    """
+
+    def __init__(self, algorithm: str = "sha256") -> None:
+        self.algorithm = algorithm
+        self._hash: Any = xxhash.xxh3_128() if algorithm == "xxh3" else hashlib.new(algorithm)
+        self.update = self._hash.update
+
+    def digest(self) -> str:
+        return f"{self.algorithm}:{self._hash.hexdigest()}"
 
 
-def digest_file(path: Path) -> str:
-    """`sha256:<hex>` of a file, read in chunks."""
-    hasher = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            hasher.update(chunk)
-    return "sha256:" + hasher.hexdigest()
+def digest_bytes(data: bytes, algorithm: str = "sha256") -> str:
+    """The digest of some bytes."""
+    hasher = Hasher(algorithm)
+    hasher.update(data)
+    return hasher.digest()
+
+
+def digest_file(path: Path, algorithm: str = "sha256") -> str:
+    """The digest of a file: while a chunk is digested, the next one is read."""
+    hasher = Hasher(algorithm)
+    now, other = memoryview(bytearray(CHUNK)), memoryview(bytearray(CHUNK))
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as reader:
+        size = file.readinto(now)
+        while size:
+            ahead = reader.submit(file.readinto, other) if size == CHUNK else None
+            hasher.update(now[:size])
+            size = ahead.result() if ahead else file.readinto(other)
+            now, other = other, now
+    return hasher.digest()
 
 
 def canonical_json(value: Any) -> bytes:
@@ -49,11 +79,29 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the block names `path` where it names no file: a write to a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+def make_directories(path: Path) -> None:
+    """Make a directory, and those above it that are missing, durably."""
+    missing = [directory for directory in (path, *path.parents) if not directory.exists()]
+    for directory in reversed(missing):
+        directory.mkdir(exist_ok=True)
+        fsync_directory(directory.parent)
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Replace `path` with `data`: after a crash the old or the new content stands there, whole."""
     partial = path.with_name(f"{PARTIAL}{path.name}-{secrets.token_hex(4)}")
     try:
-        with partial.open("wb") as file:
+        with naming(path), partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -87,11 +135,12 @@ def committed_directory(final: Path) -> Iterator[Path]:
 
     Files inside must be fsynced by whoever writes them. When the block fails, nothing is left. `final` must not exist.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
+    make_directories(final.parent)
     partial = final.with_name(f"{PARTIAL}{final.name}-{secrets.token_hex(4)}")
     partial.mkdir()
     try:
-        yield partial
+        with naming(final):
+            yield partial
         for directory, _, _ in os.walk(partial):
             fsync_directory(Path(directory))
         partial.rename(final)
@@ -115,19 +164,53 @@ def require_space(directory: Path, needed: int, what: str) -> None:
         )
 
 
-def append_jsonl(path: Path, rows: Iterable[Any], *, durable: bool = False) -> None:
-    """Append one line a row in one write. A torn last line, left by a crash, is cut off first."""
-    data = b"".join(canonical_json(row) + b"\n" for row in rows)
-    with path.open("a+b") as file:
+@contextmanager
+def exclusively(path: Path) -> Iterator[None]:
+    """Keep every other block that holds the same file or directory waiting, in this process or another one.
+
+    Let go of at the block's end by word, not by closing: a worker that was forked meanwhile has it open too.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]], *, durable: bool = False) -> None:
+    """Append one line a row in one write, each chained to the line before it; processes take turns.
+
+    A line ends with `"chain"`: 16 hexadecimal digits of the SHA-256 of the end of the line before it (from `,"chain"`
+    on, without the newline; nothing for the first line) and this line up to its own `,"chain"`. A torn last line, left
+    by a crash, is cut off first.
+    """
+    with naming(path), exclusively(path.parent), path.open("a+b") as file:
         end = file.seek(0, os.SEEK_END)
-        if end:
-            file.seek(end - 1)
-            if file.read(1) != b"\n":
-                file.truncate(_end_of_last_whole_line(file, end))
-        file.write(data)
+        if _tail(file, end)[-1:] not in (b"", b"\n"):
+            end = _end_of_last_whole_line(file, end)
+            file.truncate(end)
+        lines, link = [], _tail(file, end)[:-1].rpartition(b"\n")[2]
+        for row in rows:
+            body = canonical_json(row)[:-1]
+            link = _link(link, body)
+            lines.append(body + link + b"\n")
+        file.write(b"".join(lines))
         file.flush()
         if durable:
             os.fsync(file.fileno())
+        if not end:  # a new file's name
+            fsync_directory(path.parent)
+
+
+def _tail(file: Any, end: int) -> bytes:
+    file.seek(max(0, end - LINK - 1))
+    return bytes(file.read(LINK + 1))
+
+
+def _link(before: bytes, body: bytes) -> bytes:
+    return b',"chain":"%s"}' % hashlib.sha256(before + body).hexdigest()[:16].encode()
 
 
 def _end_of_last_whole_line(file: Any, end: int) -> int:
@@ -141,19 +224,38 @@ def _end_of_last_whole_line(file: Any, end: int) -> int:
     return 0
 
 
-def read_jsonl(path: Path) -> list[Any]:
-    """All whole rows of a JSON lines file ([] when it is missing). A torn last line is what a crash leaves: not a row.
+def whole_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
+    """Every line of a JSON lines file (none when it is missing) with its number from 1: as JSON, or None where it does
+    not count: it was altered, or does not follow the line before it. A torn last line is what a crash leaves: neither.
 
-    DamageError when a whole line is not JSON: those were written in one piece.
+    DamageError when the file cannot be read.
     """
+    link = b""
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n"):
+                    body, before, link = line[: -LINK - 1], link, line[-LINK - 1 : -1]
+                    yield number, body + b"}" if link == _link(before, body) else None
     except FileNotFoundError:
-        return []
-    rows = []
-    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise DamageError("this line is not JSON: the file was altered", where=f"{path}:{number}") from None
+        return
+    except OSError as error:
+        raise DamageError(f"cannot be read ({error.strerror})", where=str(path)) from None
+
+
+def read_lines(path: Path) -> tuple[list[Any], list[int]]:
+    """The rows of a JSON lines file, and the numbers of lines that do not count: see `whole_lines`."""
+    lines = list(whole_lines(path))
+    return [json.loads(line) for _, line in lines if line is not None], [n for n, line in lines if line is None]
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """`read_lines`, each of which must count: DamageError names the first that does not."""
+    rows, altered = read_lines(path)
+    if altered:
+        raise DamageError(
+            "this line was altered, or lines before it are missing",
+            where=f"{path}:{altered[0]}",
+            hint=f"bring the file back, or cut it there: sed -i '{altered[0]},$d' {shlex.quote(str(path))}",
+        )
     return rows

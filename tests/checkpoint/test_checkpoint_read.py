@@ -6,7 +6,7 @@ import pytest
 import torch
 from checkpoint_sliced import manifest, write_sliced
 
-from onward.checkpoint.manifest import describe_files, write_manifest
+from onward.checkpoint.manifest import write_file, write_manifest
 from onward.checkpoint.read import list_checkpoints, newest_verified, open_checkpoint
 from onward.checkpoint.tensorfile import write_tensors
 from onward.checkpoint.verify import verify_directory
@@ -54,12 +54,12 @@ def test_identity_is_checked(tmp_path):
 
 
 def test_an_output_verifies_and_is_no_checkpoint(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "chat.jinja").write_text("x")
-    record = write_tensors(tmp_path / "model.safetensors", {"a": torch.ones(3)})
-    files = describe_files(tmp_path, known=[record])
-    assert [file.path for file in files] == ["config.json", "model.safetensors", "sub/chat.jinja"]
+    files = (
+        write_file(tmp_path / "config.json", b"{}"),
+        write_tensors(tmp_path / "model.safetensors", {"a": torch.ones(3)}),
+        replace(write_file(tmp_path / "sub" / "chat.jinja", b"x"), path="sub/chat.jinja"),
+    )
     write_manifest(tmp_path, manifest(kind="output", files=files))
     assert verify_directory(tmp_path) == []
     with pytest.raises(InputError, match="output"):

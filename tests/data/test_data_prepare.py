@@ -191,3 +191,32 @@ def test_progress(encoder, tmp_path, monkeypatch):
     lines = []
     prepare([source(write_rows(tmp_path / "d.jsonl", GOOD))], encoder, on_bad_sample="stop", progress=lines.append)
     assert lines[-1] == "d.jsonl: 10 of 10 rows measured"
+
+
+def share(monkeypatch):
+    """From now on two processes share the rows, three at a time."""
+    monkeypatch.setattr(prepare_module, "SHARED", 1)
+    monkeypatch.setattr(prepare_module, "CHUNK", 3)
+    monkeypatch.setattr(prepare_module.torch, "get_num_threads", lambda: 2)
+
+
+def test_processes_that_share_the_work_change_nothing(encoder, tmp_path, tmp_path_factory, monkeypatch, measured):
+    path = write_rows(tmp_path / "d.jsonl", [*GOOD, {"messages": []}, *GOOD, {"x": 1}])
+    alone = prepare([source(path)], encoder, on_bad_sample="skip")
+    assert len(measured) == 22
+    monkeypatch.setenv("ONWARD_CACHE", str(tmp_path_factory.mktemp("other-cache")))
+    share(monkeypatch)
+    together = prepare([source(path)], encoder, on_bad_sample="skip")
+    assert len(measured) == 22, "this process measured none of them"
+    assert (together.fingerprint, together.skipped) == (alone.fingerprint, alone.skipped)
+    for name in ("used", "tokens", "targets"):
+        ours, theirs = getattr(together.sources[0], name), getattr(alone.sources[0], name)
+        assert ours.dtype == theirs.dtype and np.array_equal(ours, theirs)
+
+
+def test_a_process_that_dies_while_it_measures_is_told(encoder, tmp_path, monkeypatch):
+    share(monkeypatch)
+    monkeypatch.setattr(Encoder, "measure", lambda self, row, origin: os.kill(os.getpid(), 9))
+    with pytest.raises(InputError, match="data-loader worker is gone") as caught:
+        prepare([source(write_rows(tmp_path / "d.jsonl", GOOD))], encoder, on_bad_sample="stop")
+    assert "run the same command again" in caught.value.hint

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from harness import in_child, start
+from shim import Recorded, Zygote, build, record
 
 TWO_STAGES = """
 model: {model}
@@ -33,6 +35,24 @@ stages:
     data: {data}
     epochs: 1
 checkpoint: {{every: 3}}
+"""
+
+SMALL = """
+model: qwen2
+seed: 1
+engine: {threads: 1}
+defaults: {batch_size: 4, micro_batch_size: 2, learning_rate: 1e-2, max_length: 256}
+stages:
+  - name: learn
+    train: {language_model: {mode: full}}
+    data: few.jsonl
+    epochs: 1
+    evaluate: {every: 2, data: {path: few.jsonl}, limit: 4}
+  - name: adapt
+    train: {language_model: {mode: lora, rank: 4, dropout: 0.1}}
+    data: few.jsonl
+    epochs: 1
+checkpoint: {every: 1, keep: {last: 2}}
 """
 
 
@@ -77,3 +97,34 @@ def reference(place: Path) -> dict[str, Path]:
         runs[name] = place / f"reference-{name}"
         assert start(place / f"{name}.yaml", runs[name]) == 0
     return runs
+
+
+@pytest.fixture(scope="session")
+def small(place: Path) -> Path:
+    """A plan of two stages of three steps: retention, an evaluation, a merge of everything, a merge of LoRA."""
+    import tiny
+
+    tiny.text_data(place / "few.jsonl", rows=10)
+    (place / "small.yaml").write_text(SMALL)
+    return place / "small.yaml"
+
+
+@pytest.fixture(scope="session")
+def small_reference(place: Path, small: Path) -> Path:
+    """The small plan's run that was never interrupted."""
+    assert start(small, place / "reference-small") == 0
+    return place / "reference-small"
+
+
+@pytest.fixture(scope="session")
+def zygote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Zygote]:
+    scratch = tmp_path_factory.mktemp("zygote")
+    zygote = Zygote(build(scratch), scratch)
+    yield zygote
+    zygote.close()
+
+
+@pytest.fixture(scope="session")
+def recorded(zygote: Zygote, small: Path, tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """The small plan's run, never interrupted, with all that it did to the disk."""
+    return record(zygote, small, tmp_path_factory.mktemp("recorded"))

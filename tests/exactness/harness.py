@@ -6,10 +6,12 @@ of a second and dies by SIGKILL like any other process. test_exactness_process.p
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ import transformers  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer  # noqa: F401
 
 from onward.errors import OnwardError
+from onward.files import read_lines
 from onward.runs.diff import diff
 
 KILLED = -signal.SIGKILL
@@ -35,6 +38,7 @@ def in_child(work: Callable[[], int | None]) -> int:
     child = os.fork()
     if child == 0:
         status = 70
+        gc.freeze()  # else the collector would touch, and so copy, all that the parent has
         torch.set_num_threads(1)  # a fork has none of the threads that its parent may have computed with
         try:
             status = work() or 0
@@ -51,12 +55,20 @@ def in_child(work: Callable[[], int | None]) -> int:
 
 
 class Killer:
-    """A view that ends the process: when a stage has recorded a step, or when a note says something."""
+    """A view that ends the process: when a stage has recorded a step, or when a note says something.
+
+    `committed`: (run, step) of a checkpoint of the same stage that the journal tells of before the step's death; one
+    that is written behind the training is waited for.
+    """
 
     def __init__(
-        self, step: tuple[str, int] | None = None, note: str | None = None, number: int = signal.SIGKILL
+        self,
+        step: tuple[str, int] | None = None,
+        note: str | None = None,
+        number: int = signal.SIGKILL,
+        committed: tuple[Path, int] | None = None,
     ) -> None:
-        self.at_step, self.at_note, self.number = step, note, number
+        self.at_step, self.at_note, self.number, self.committed = step, note, number, committed
 
     def note(self, text: str) -> None:
         print(text, flush=True)
@@ -68,10 +80,17 @@ class Killer:
 
     def step(self, row: dict) -> None:
         if (row["stage"], row["step"]) == self.at_step:
+            while self.committed and not told_committed(self.committed[0], row["stage"], self.committed[1]):
+                time.sleep(0.01)
             os.kill(os.getpid(), self.number)
 
     def done(self, text: str) -> None:
         self.note(text)
+
+
+def told_committed(run: Path, stage: str, step: int) -> bool:
+    events = read_lines(run / "journal.jsonl")[0]
+    return any((e["event"], e.get("stage"), e.get("step")) == ("committed", stage, step) for e in events)
 
 
 def start(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import KILLED, Killer, assert_identical, in_child, start
+from harness import KILLED, Killer, assert_identical, in_child, reopen_here, start
 
+from onward.cli.main import main
 from onward.files import read_jsonl
+from onward.plan.changes import TABLE
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -21,7 +25,7 @@ def content(directory: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def begun(place: Path) -> Path:
     run = place / "begun"
-    assert start(place / "text.yaml", run, view=Killer(("learn", 4))) == KILLED
+    assert start(place / "text.yaml", run, view=Killer(("learn", 4), committed=(run, 3))) == KILLED
     return run
 
 
@@ -30,30 +34,180 @@ def run(begun: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(begun, tmp_path / "run"))
 
 
-REFUSED = {
-    "stages.learn.learning_rate=1e-3": "--accept learning_rate",
-    "stages.learn.max_grad_norm=0.5": "--accept max_grad_norm",
-    "seed=2": "--run OTHER_DIR",
-    "stages.learn.batch_size=8": "--run OTHER_DIR",
-    "stages.learn.epochs=3": "--run OTHER_DIR",
-    "stages.learn.train.language_model.mode=lora": "--run OTHER_DIR",
-    "stages.learn.micro_batch_size=2": "",
+KEYED = """
+model: qwen2
+seed: 1
+engine: {threads: 1}
+defaults: {batch_size: 6, micro_batch_size: 4, learning_rate: 1e-2, max_length: 256}
+stages:
+  - name: learn
+    train: {language_model: {mode: lora, rank: 4, dropout: 0.1}}
+    data: [{path: text.jsonl}]
+    epochs: 2
+    evaluate: {data: [{path: text.jsonl}], limit: 2, every: 4}
+    early_stopping: {patience: 5}
+  - {name: later, train: {language_model: {mode: lora, rank: 4, dropout: 0.1}}, data: text.jsonl, epochs: 1}
+checkpoint: {every: 3}
+"""
+# What changes each key of the table in a stage that has begun: overrides, or an edit of the file.
+LORA = "stages.learn.train.language_model"
+CHANGED: dict[str, tuple[str, ...] | Callable[[str], str]] = {
+    "model": ("model=copy",),
+    "seed": ("seed=2",),
+    "deterministic": ("deterministic=false",),
+    "checkpoint.asynchronous": ("checkpoint.asynchronous=false",),
+    "checkpoint.every": ("checkpoint.every=2",),
+    "checkpoint.keep.last": ("checkpoint.keep.last=1",),
+    "checkpoint.keep.best": ("checkpoint.keep.best=1",),
+    "checkpoint.keep.every": ("checkpoint.keep.every=2",),
+    "engine.device": ("engine.device=cpu",),
+    "engine.threads": ("engine.threads=2",),
+    "stages": lambda text: text.replace("name: learn", "name: other"),
+    "stages.*.train.*": ("stages.learn.train.mlp={mode: frozen}",),
+    "stages.*.train.*.mode": (f"{LORA}={{mode: full}}",),
+    "stages.*.train.*.learning_rate": (f"{LORA}.learning_rate=0.1",),
+    "stages.*.train.*.learning_rate_scale": (f"{LORA}.learning_rate_scale=0.5",),
+    "stages.*.train.*.weight_decay": (f"{LORA}.weight_decay=0.2",),
+    "stages.*.train.*.rank": (f"{LORA}.rank=8",),
+    "stages.*.train.*.alpha": (f"{LORA}.alpha=3",),
+    "stages.*.train.*.dropout": (f"{LORA}.dropout=0.2",),
+    "stages.*.train.*.targets": (f"{LORA}.targets=[q_proj]",),
+    "stages.*.data": ("stages.learn.data=[text.jsonl, text.jsonl]",),
+    "stages.*.data.*.path": ("stages.learn.data.0.path=same.jsonl",),
+    "stages.*.data.*.repeat": ("stages.learn.data.0.repeat=2",),
+    "stages.*.data.*.augment": ("stages.learn.data.0.augment='copy:copy'",),
+    "stages.*.epochs": ("stages.learn.epochs=3",),
+    "stages.*.steps": ("stages.learn.steps=5", "stages.learn.epochs=null"),
+    "stages.*.batch_size": ("stages.learn.batch_size=8",),
+    "stages.*.micro_batch_size": ("stages.learn.micro_batch_size=2",),
+    "stages.*.precision": ("stages.learn.precision=bf16",),
+    "stages.*.max_length": ("stages.learn.max_length=200",),
+    "stages.*.overlong": ("stages.learn.overlong=drop",),
+    "stages.*.on_bad_sample": ("stages.learn.on_bad_sample=skip",),
+    "stages.*.loss_on": ("stages.learn.loss_on=all",),
+    "stages.*.workers": ("stages.learn.workers=1",),
+    "stages.*.learning_rate": ("stages.learn.learning_rate=1e-3",),
+    "stages.*.optimizer.weight_decay": ("stages.learn.optimizer.weight_decay=0.2",),
+    "stages.*.optimizer.betas": ("stages.learn.optimizer.betas=[0.8, 0.9]",),
+    "stages.*.optimizer.eps": ("stages.learn.optimizer.eps=1e-6",),
+    "stages.*.max_grad_norm": ("stages.learn.max_grad_norm=0.5",),
+    "stages.*.schedule.name": ("stages.learn.schedule.name=linear",),
+    "stages.*.schedule.warmup_ratio": ("stages.learn.schedule.warmup_ratio=0.1",),
+    "stages.*.schedule.warmup_steps": ("stages.learn.schedule.warmup_steps=1",),
+    "stages.*.evaluate": ("stages.learn.evaluate=null", "stages.learn.early_stopping=null"),
+    "stages.*.evaluate.data": ("stages.learn.evaluate.data=[text.jsonl, same.jsonl]",),
+    "stages.*.evaluate.data.*.path": ("stages.learn.evaluate.data.0.path=same.jsonl",),
+    "stages.*.evaluate.data.*.repeat": ("stages.learn.evaluate.data.0.repeat=2",),
+    "stages.*.evaluate.data.*.augment": ("stages.learn.evaluate.data.0.augment='copy:copy'",),
+    "stages.*.evaluate.metrics": ("stages.learn.evaluate.metrics=[token_accuracy]",),
+    "stages.*.evaluate.every": ("stages.learn.evaluate.every=2",),
+    "stages.*.evaluate.limit": ("stages.learn.evaluate.limit=3",),
+    "stages.*.evaluate.max_new_tokens": ("stages.learn.evaluate.max_new_tokens=3",),
+    "stages.*.early_stopping": ("stages.learn.early_stopping=null",),
+    "stages.*.early_stopping.patience": ("stages.learn.early_stopping.patience=6",),
+    "stages.*.early_stopping.threshold": ("stages.learn.early_stopping.threshold=0.1",),
+    "stages.*.output.form": ("stages.learn.output.form=adapters",),
+    "stages.*.output.from": ("stages.learn.output.from=best",),
 }
+ONE_VALUE = {"engine.name", "stages.*.optimizer.name"}  # there is nothing to change them to
 
 
-@pytest.mark.parametrize("override", REFUSED)
-def test_a_change_of_the_plan(place: Path, run: Path, capfd: pytest.CaptureFixture[str], override: str) -> None:
-    before = content(run)
-    status = start(place / "text.yaml", run, override, view=Killer(("learn", 5)))
-    said = capfd.readouterr()
-    if REFUSED[override]:
-        assert status == 3
-        assert override.split("=")[0] in said.err
-        assert REFUSED[override] in said.err
+@pytest.fixture(scope="module")
+def keyed(place: Path) -> Path:
+    """A run of a plan that says something of every area, killed in its first stage."""
+    (place / "keyed.yaml").write_text(KEYED)
+    shutil.copytree(place / "qwen2", place / "copy")
+    shutil.copy(place / "text.jsonl", place / "same.jsonl")
+    stop = Killer(("learn", 4), committed=(place / "keyed", 3))
+    assert start(place / "keyed.yaml", place / "keyed", view=stop) == KILLED
+    return place / "keyed"
+
+
+def test_no_key_is_left_out() -> None:
+    assert CHANGED.keys() | ONE_VALUE == TABLE.keys()
+
+
+def sweep() -> list:
+    """Every key; without the whole sweep all that are refused, which is quick, and a seeded choice of the others."""
+    sample = {*random.Random(4).sample(sorted(CHANGED), 14), *(key for key in CHANGED if TABLE[key][0] == "breaking")}
+    return [pytest.param(key, marks=[] if key in sample else pytest.mark.whole) for key in CHANGED]
+
+
+@pytest.mark.parametrize("key", sweep())
+def test_each_key_does_what_the_table_says(
+    place: Path, keyed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], key: str
+) -> None:
+    (kind, tier), how, run = TABLE[key], CHANGED[key], Path(shutil.copytree(keyed, tmp_path / "run"))
+    plan, words = place / "keyed.yaml", () if callable(how) else how
+    if callable(how):
+        plan = place / "edited.yaml"
+        plan.write_text(how(KEYED))
+    before, accept = content(run), ()
+    keys = [word.partition("=")[0] for word in words] or [key]
+    if kind in ("acceptable", "breaking"):
+        assert start(plan, run, *words, view=Killer(note="promise")) == 3
+        said = capfd.readouterr().err
         assert content(run) == before
-    else:  # free: goes on, and says that the promise is a lower one
-        assert status == KILLED
-        assert "promise: state-exact" in said.out
+        accept = tuple(changed.rsplit(".", 1)[-1] for changed in keys)
+        assert all(changed in said for changed in keys)
+        assert all((f"--accept {name}" in said) == (kind == "acceptable") for name in accept)
+    if kind == "breaking":
+        return
+    assert start(plan, run, *words, view=Killer(note="promise"), accept=accept) == KILLED
+    if key == "engine.threads":
+        tier = "state-exact"  # by the environment, which follows from it
+    assert f"promise: {tier}" in (said := capfd.readouterr().out)
+    assert all(changed in said for changed in keys)
+    amended = [event for event in read_jsonl(run / "journal.jsonl") if event["event"] == "amended"]
+    assert {(event["kind"], event["step"]) for event in amended if event["key"] in keys} == {(kind, 3)}
+    told = [{name: value for name, value in event.items() if name not in ("event", "time")} for event in amended]
+    assert json.loads((run / "plan.lock.json").read_bytes())["amendments"] == told
+
+
+REST = [pytest.param(name, marks=pytest.mark.whole) for name in ("transformers", "peft", "pillow", "python", "device")]
+
+
+@pytest.mark.parametrize("name", ["torch", "threads", *REST])
+def test_another_environment_is_refused_until_it_is_accepted(
+    place: Path, run: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    def patch() -> None:
+        import onward.runs.walk as walk
+
+        original = walk.environment
+        walk.environment = lambda plan: {**original(plan), name: "another"}
+
+    before = content(run)
+    assert start(place / "text.yaml", run, patch=patch) == 3
+    said = capfd.readouterr().err
+    assert f"environment.{name}" in said and "--accept environment" in said
+    assert content(run) == before
+    stop = Killer(note="promise")
+    assert start(place / "text.yaml", run, patch=patch, accept=("environment",), view=stop) == KILLED
+    assert "promise: state-exact" in capfd.readouterr().out
+    amended = [event for event in read_jsonl(run / "journal.jsonl") if event["event"] == "amended"]
+    assert [(event["key"], event["after"], event["step"]) for event in amended] == [
+        (f"environment.{name}", "another", 3)
+    ]
+
+
+def test_an_override_that_is_left_out_stands_and_this_is_said(place: Path, run: Path, capfd) -> None:
+    """Through the command: the plan's file says another cadence."""
+
+    def again(*words: str) -> Callable[[], int]:
+        def work() -> int:
+            reopen_here()
+            return main(["run", str(place / "text.yaml"), "--run", str(run), "--until", "learn", *words])
+
+        return work
+
+    assert in_child(again("checkpoint.every=2")) == 0
+    assert "stands" not in capfd.readouterr().out
+    assert in_child(again()) == 0
+    assert "checkpoint.every=2 stands, from an earlier start of this run" in capfd.readouterr().out
+    assert json.loads((run / "plan.lock.json").read_bytes())["plan"]["checkpoint"]["every"] == 2
+    assert in_child(again("checkpoint.every=3")) == 0
+    assert "stands" not in capfd.readouterr().out
 
 
 def test_an_accepted_change_is_an_amendment_from_its_step_on(place: Path, run: Path, capfd) -> None:
@@ -80,43 +234,86 @@ def test_a_stage_that_has_not_begun_may_change(place: Path, run: Path) -> None:
     assert max(steps) == 8
 
 
-@pytest.fixture
-def moved(place: Path, tmp_path: Path) -> Path:
-    """A copy of plan, model and data, and a run over it killed in its first stage."""
-    there = tmp_path / "there"
+@pytest.fixture(scope="module")
+def apart(place: Path) -> Path:
+    """Plan, model and data in a directory of their own, and a run over them killed in its first stage."""
+    there = place / "apart"
     shutil.copytree(place / "qwen2", there / "qwen2")
     shutil.copy(place / "text.jsonl", there)
     shutil.copy(place / "text.yaml", there)
-    assert start(there / "text.yaml", there / "run", view=Killer(("learn", 4))) == KILLED
+    stop = Killer(("learn", 4), committed=(there / "run", 3))
+    assert start(there / "text.yaml", there / "run", view=stop) == KILLED
     return there
 
 
-@pytest.mark.parametrize("what", ["data", "data order", "model", "template"])
-def test_other_content_is_refused(moved: Path, capfd: pytest.CaptureFixture[str], what: str) -> None:
-    data, model = moved / "text.jsonl", moved / "qwen2"
-    if what == "data":
-        data.write_text(data.read_text().replace("seven", "three", 1))
-    elif what == "data order":
-        data.write_text("".join(sorted(data.read_text().splitlines(keepends=True))))
-    elif what == "template":
-        template = model / "chat_template.jinja"
-        template.write_text(template.read_text().replace("<|im_end|>\n", "<|im_end|> \n"))
-    else:
+@pytest.fixture
+def moved(apart: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(apart, tmp_path / "there"))
 
-        def touch() -> None:
-            from onward.checkpoint.tensorfile import read_tensors, write_tensors
 
-            path = model / "model.safetensors"
-            tensors = read_tensors(path)
-            tensors["model.norm.weight"][0] += 1e-3
-            path.unlink()
-            write_tensors(path, tensors, {"format": "pt"})
+def edit(path: Path, change: Callable[[str], str]) -> None:
+    before = path.read_text()
+    path.write_text(change(before))
+    assert path.read_text() != before
 
-        assert in_child(touch) == 0
+
+def alter_weights(model: Path) -> None:
+    def alter() -> None:
+        from onward.checkpoint.tensorfile import read_tensors, write_tensors
+
+        tensors = read_tensors(model)
+        tensors["model.norm.weight"][0] += 1e-3
+        model.unlink()
+        write_tensors(model, tensors, {"format": "pt"})
+
+    assert in_child(alter) == 0
+
+
+CONTENT: dict[str, tuple[str, Callable[[Path], None]]] = {
+    "a row edited": ("text.jsonl", lambda path: edit(path, lambda text: text.replace("seven", "three", 1))),
+    "a row removed": ("text.jsonl", lambda path: edit(path, lambda text: text.partition("\n")[2])),
+    "a row appended": ("text.jsonl", lambda path: edit(path, lambda text: text + text.partition("\n")[0] + "\n")),
+    "rows reordered": ("text.jsonl", lambda path: edit(path, lambda text: "".join(sorted(text.splitlines(True))))),
+    "weights": ("qwen2/model.safetensors", alter_weights),
+    "template": (
+        "qwen2/chat_template.jinja",
+        lambda path: edit(path, lambda text: text.replace("<|im_end|>\n", " \n")),
+    ),
+    "tokenizer": (
+        "qwen2/tokenizer_config.json",
+        lambda path: edit(path, lambda text: text.replace('"pad_token": "<|endoftext|>"', '"pad_token": "<|im_end|>"')),
+    ),
+    "configuration": ("qwen2/config.json", lambda path: edit(path, lambda text: text.replace("0.1", "0.2"))),
+    "generation configuration": ("qwen2/generation_config.json", lambda path: edit(path, lambda text: text + " ")),
+}
+
+
+@pytest.mark.parametrize("what", CONTENT)
+def test_other_content_is_refused_and_the_file_named(moved: Path, capfd: pytest.CaptureFixture[str], what: str) -> None:
+    name, change = CONTENT[what]
+    change(moved / name)
     before = content(moved / "run")
     assert start(moved / "text.yaml", moved / "run") == 3
-    assert "content." in capfd.readouterr().err
+    assert "content." in (said := capfd.readouterr().err)
+    assert name in said
     assert content(moved / "run") == before
+
+
+def test_another_image_is_refused(place: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    there = tmp_path / "there"
+    shutil.copytree(place / "llava", there / "llava")
+    shutil.copytree(place / "images", there / "images")
+    for name in ("colours.jsonl", "llava.yaml"):
+        shutil.copy(place / name, there)
+    assert start(there / "llava.yaml", there / "run", view=Killer(("learn", 1))) == KILLED
+    before = content(there / "run")
+    Image.new("RGB", (28, 28)).save(there / "images/colours-3.png")
+    assert start(there / "llava.yaml", there / "run") == 3
+    assert "content.data.learn" in (said := capfd.readouterr().err)
+    assert "its images" in said
+    assert content(there / "run") == before
 
 
 def test_a_run_may_be_moved_with_all_it_needs(moved: Path, reference: dict[str, Path], tmp_path: Path) -> None:

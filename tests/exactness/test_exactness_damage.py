@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from harness import KILLED, Killer, assert_identical, in_child, start
+from harness import KILLED, Killer, assert_identical, in_child, kill_at, start
 
 from onward.files import read_jsonl
 from onward.runs.verify import verify
@@ -23,7 +23,7 @@ def flip(path: Path) -> None:
 def stopped(place: Path) -> Path:
     """A run killed in its second stage at step 4 of 4, checkpoint of step 3 behind it; two of the first stage stand."""
     run = place / "stopped"
-    assert start(place / "text.yaml", run, view=Killer(("adapt", 4))) == KILLED
+    assert start(place / "text.yaml", run, view=Killer(("adapt", 4), committed=(run, 3))) == KILLED
     return run
 
 
@@ -61,7 +61,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(
     place: Path, reference: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     plan, run = place / "text.yaml", tmp_path / "run"
-    assert start(plan, run, view=Killer(("learn", 7))) == KILLED
+    assert start(plan, run, view=Killer(("learn", 7), committed=(run, 6))) == KILLED
     flip(run / "stages/1-learn/checkpoints/step-000006/optimizer-00000.safetensors")
     assert start(plan, run) == 0
     said = capfd.readouterr().out
@@ -81,6 +81,53 @@ def test_a_damaged_output_is_refused_and_made_again_when_deleted(
     shutil.rmtree(output)
     assert start(place / "text.yaml", run) == 0
     assert_identical(reference["text"], run)
+
+
+def test_what_a_crash_kept_from_the_journal_is_told_again(
+    place: Path, reference: dict[str, Path], tmp_path: Path
+) -> None:
+    """Killed between a checkpoint's rename and its line: nothing is damaged, and the line comes with the next start."""
+    import onward.runs.saves as saves
+
+    run = tmp_path / "run"
+    assert start(place / "text.yaml", run, patch=kill_at(saves, "save_checkpoint", call=2, after=True)) == KILLED
+    assert verify(run).ok
+    assert start(place / "text.yaml", run) == 0
+    steps = [
+        e["step"] for e in read_jsonl(run / "journal.jsonl") if e["event"] == "committed" and e["stage"] == "learn"
+    ]
+    assert steps == [3, 6, 8]
+    assert_identical(reference["text"], run)
+
+
+def test_a_stage_is_trained_again_once_its_directory_is_deleted(
+    place: Path, reference: dict[str, Path], run: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What the refusal says to do when no checkpoint verifies, does it."""
+    stage = run / "stages/2-adapt"
+    (stage / "checkpoints/step-000003/manifest.json").unlink()
+    assert start(place / "text.yaml", run) == 3
+    assert f"delete {stage} to train this stage again" in capfd.readouterr().err
+    shutil.rmtree(stage)
+    assert start(place / "text.yaml", run) == 0
+    assert f"going on from the start: {stage} was deleted" in capfd.readouterr().out
+    assert_identical(reference["text"], run)
+
+
+def test_an_output_that_a_later_one_stands_on_is_verified_too(place: Path, tmp_path: Path, capfd) -> None:
+    """Adapters over a merged output: what is used of the stage before the last is read as well."""
+    plan, run = place / "three.yaml", tmp_path / "run"
+    text = (place / "text.yaml").read_text().replace("checkpoint:", """    output: adapters
+  - name: more
+    train: {language_model: {mode: lora, rank: 4, dropout: 0.1}}
+    data: text.jsonl
+    epochs: 1
+checkpoint:""")  # fmt: skip
+    plan.write_text(text)
+    assert start(plan, run, until="adapt") == 0
+    flip(run / "stages/1-learn/output/model.safetensors")
+    assert start(plan, run) == 1
+    assert f"{run}/stages/1-learn/output/model.safetensors" in capfd.readouterr().err
 
 
 def test_a_tensor_altered_with_a_corrected_digest_is_caught_by_the_probe(place: Path, tmp_path: Path, capfd) -> None:
@@ -115,7 +162,7 @@ def test_a_tensor_altered_with_a_corrected_digest_is_caught_by_the_probe(place: 
 def test_a_step_that_comes_out_otherwise_is_an_alarm(place: Path, tmp_path: Path, capfd) -> None:
     """A computation that is not deterministic: the replayed step differs from its row."""
     plan, run = place / "text.yaml", tmp_path / "run"
-    assert start(plan, run, view=Killer(("learn", 5))) == KILLED
+    assert start(plan, run, view=Killer(("learn", 5), committed=(run, 3))) == KILLED
 
     def patch() -> None:
         import onward.engine.single as single
@@ -126,4 +173,9 @@ def test_a_step_that_comes_out_otherwise_is_an_alarm(place: Path, tmp_path: Path
     assert start(plan, run, patch=patch) == 1
     said = capfd.readouterr().err
     assert "step 4 of stage learn was trained before, and now differs in" in said
+    assert f"onward verify {run}" in said
+    accept = ("deterministic",)  # the way on that it names
+    assert "deterministic=false --accept deterministic" in said
+    assert start(plan, run, "deterministic=false", patch=patch, accept=accept, until="learn") == 0
+    assert "promise: state-exact" in capfd.readouterr().out
     assert any(event["event"] == "replay_differs" for event in read_jsonl(run / "journal.jsonl"))

@@ -45,10 +45,9 @@ def test_workers_change_nothing(place: Path, reference: dict[str, Path], tmp_pat
 
 def points() -> list:
     import onward.checkpoint.save as save
-    import onward.files as files
     import onward.runs.begin as begin
     import onward.runs.handon as handon
-    import onward.runs.stage as stage
+    import onward.runs.saves as saves
     import onward.runs.walk as walk
 
     found = [
@@ -57,9 +56,9 @@ def points() -> list:
         ("before the first journal line", kill_at(begin, "write_event")),
         ("before a checkpoint's manifest", kill_at(save, "write_manifest", call=2)),
         ("after a checkpoint's manifest, before the rename", kill_at(save, "write_manifest", call=2, after=True)),
-        ("after a checkpoint's rename", kill_at(stage, "save_checkpoint", call=2, after=True)),
-        ("after the stage's last checkpoint", kill_at(stage, "save_checkpoint", call=3, after=True)),
-        ("before retention", kill_at(stage, "retire", call=3)),
+        ("after a checkpoint's rename", kill_at(saves, "save_checkpoint", call=2, after=True)),
+        ("after the stage's last checkpoint", kill_at(saves, "save_checkpoint", call=3, after=True)),
+        ("before retention", kill_at(saves, "retire", call=3)),
         ("before the merge", kill_at(handon, "merge")),
         ("after the merge, before the manifest", kill_at(handon, "merge", after=True)),
         ("before an output's manifest", kill_at(handon, "write_manifest")),
@@ -69,7 +68,6 @@ def points() -> list:
         ("before the second output's manifest", kill_at(handon, "write_manifest", call=2)),
         ("before the last journal line", kill_at(walk, "write_event", call=3)),
     ]
-    del files
     return [pytest.param(patch, id=name) for name, patch in found]
 
 

@@ -1,6 +1,7 @@
 """What a change of the plan means for a run that exists."""
 
 import json
+import shlex
 import types
 import typing
 
@@ -10,6 +11,9 @@ from pydantic import BaseModel
 from onward.errors import PlanError, Refused
 from onward.plan.changes import (
     TABLE,
+    Branch,
+    Change,
+    cost,
     environment_changes,
     fingerprint_changes,
     judge,
@@ -132,7 +136,7 @@ def test_kinds(changed, override, kind, tier):
 
 
 def test_a_change_that_comes_too_late_says_so(changed):
-    error = refusal(judge(changed("stages.align.learning_rate=1")), "onward run plan.yaml")
+    error = refusal(judge(changed("stages.align.learning_rate=1")), "onward run plan.yaml", branch(stage="align"))
     assert "stages.align.learning_rate: 0.0001 → 1.0 (its stage is finished)" in str(error)
 
 
@@ -201,13 +205,88 @@ def test_changed_content_breaks_and_names_the_stage():
     assert fingerprint_changes(old, json.loads(json.dumps(old))) == []
 
 
+def test_other_held_out_data_is_acceptable_and_follows_from_a_plan_that_names_other(changed):
+    content = fingerprint_changes({"evaluation": {"sft": "1"}}, {"evaluation": {"sft": "2"}}, OLD_BEGUN)
+    assert [(c.key, c.kind) for c in content] == [("content.evaluation.sft", "acceptable")]
+    assert judge(content).tier == "refused"
+    assert "needs --accept content" in judge(content).reasons[0]
+    assert judge(content, ["content"]).tier == "declared"
+    unsaid = judge([*changed("stages.sft.evaluate.data=[i.jsonl, j.jsonl]"), *content])
+    assert [change.key for change in unsaid.refused] == ["stages.sft.evaluate.data"]
+    said = judge([*changed("stages.sft.evaluate.data=[i.jsonl, j.jsonl]"), *content], ["data"])
+    assert (said.tier, said.refused) == ("declared", [])
+    moved = judge([*changed("stages.sft.evaluate.data.0.path=i.jsonl"), *content])
+    assert [change.key for change in moved.refused] == ["content.evaluation.sft"]
+    assert judge(fingerprint_changes({"data": {"sft": "1"}}, {"data": {"sft": "2"}}), ["content"]).tier == "refused"
+
+
+def branch(plan: Plan | None = None, stage: str | None = "sft", step: int | None = 200, extensible: bool = True):
+    return Branch("runs/plan", "runs/plan-2", plan or Plan.model_construct(stages=()), stage, step, extensible)
+
+
 def test_a_refusal_names_the_key_both_values_and_the_command(changed):
-    error = refusal(judge(changed("stages.sft.learning_rate=1")), "onward run plan.yaml --run here")
+    error = refusal(judge(changed("stages.sft.learning_rate=1")), "onward run plan.yaml --run here", branch())
     assert isinstance(error, Refused) and error.exit_status == 3
     assert "stages.sft.learning_rate: 0.0001 → 1.0" in str(error)
     assert "onward run plan.yaml --run here --accept learning_rate" in str(error)
-    error = refusal(
-        judge([*changed("seed=1"), *environment_changes({"torch": "1"}, {})]), "onward run plan.yaml --run here"
+
+
+BREAKING = {
+    "seed=1": "onward fork runs/plan@sft/200 --run runs/plan-2 seed=1",
+    "stages.sft.epochs=5": "onward extend runs/plan --stage sft --epochs +3 --schedule rewarm",
+    "stages.sft.epochs=1": "onward fork runs/plan@sft/200 --run runs/plan-2 stages.sft.epochs=1",
+    "stages.sft.batch_size=4": "onward fork runs/plan@sft/200 --run runs/plan-2 stages.sft.batch_size=4",
+    "stages.sft.train.language_model.rank=2": "onward fork runs/plan@sft/200 --run runs/plan-2 --weights-only "
+    """'stages.sft.train={"language_model": {"mode": "lora", "rank": 2, "dropout": 0.1}}'""",
+}
+
+
+@pytest.mark.parametrize("override", BREAKING)
+def test_a_change_that_breaks_names_the_branch_that_takes_it_on(changed, tmp_path, override):
+    judgement = judge(changed(override))
+    plan = load_plan(tmp_path / "plan.yaml", [override]).plan
+    assert str(refusal(judgement, "onward run plan.yaml", branch(plan))).endswith(BREAKING[override])
+
+
+def test_a_branch_takes_on_all_that_differs(changed, tmp_path):
+    overrides = ["seed=1", "stages.sft.learning_rate=1", "stages.last.batch_size=4", "checkpoint.every=7"]
+    content = fingerprint_changes({"data": {"sft": "1"}}, {"data": {"sft": "2"}})
+    judgement = judge([*changed(*overrides), *content, *environment_changes({"torch": "1"}, {})])
+    plan = load_plan(tmp_path / "plan.yaml", overrides).plan
+    error = str(refusal(judgement, "onward run plan.yaml", branch(plan)))
+    assert "seed: 42 → 1" in error and 'environment.torch: "1" → null' in error
+    words = shlex.split(error[error.rindex("onward fork") :])
+    options = ["--run", "runs/plan-2", "--accept", "environment", "--accept", "content"]
+    assert words[:9] == ["onward", "fork", "runs/plan@sft/200", *options]
+    assert set(words[9:]) == {
+        "seed=1",
+        "stages.sft.learning_rate=1.0",
+        "stages.last.batch_size=4",
+        "checkpoint.every=7",
+    }
+
+
+def test_where_nothing_can_branch_off_another_run_is_named(changed):
+    for judgement, at in (
+        (judge(fingerprint_changes({"weights": "1"}, {"weights": "2"})), branch()),
+        (judge(changed("seed=1")), branch(step=None)),
+    ):
+        assert "onward run plan.yaml --run runs/plan-2" in str(refusal(judgement, "onward run plan.yaml --run x", at))
+    longer = refusal(
+        judge(changed("stages.align.epochs=2")), "onward run plan.yaml", branch(stage="align", extensible=False)
     )
-    assert "seed: 42 → 1" in str(error) and 'environment.torch: "1" → null' in str(error)
-    assert "onward run plan.yaml --run OTHER_DIR" in str(error) and "--accept" not in str(error)
+    assert "onward fork runs/plan@align/200" in str(longer)  # a later stage has trained
+
+
+def test_every_key_that_breaks_has_its_cost_in_a_fork():
+    costs = {
+        key: cost(Change(key.replace("*", "x"), 1, 2, kind, "x"))
+        for key, (kind, _) in TABLE.items()
+        if kind == "breaking"
+    }
+    assert {key for key, price in costs.items() if price == "everything"} == {"stages"}
+    assert all(
+        (price == "optimizer") == (".train." in key or key.endswith("optimizer.name")) for key, price in costs.items()
+    )
+    place = {"batch_size", "data", "data.*.repeat", "data.*.augment", "max_length", "overlong", "loss_on"}
+    assert {key for key, price in costs.items() if price == "place"} == {f"stages.*.{key}" for key in place}

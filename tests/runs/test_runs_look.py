@@ -83,7 +83,7 @@ def test_the_python_api(place: Path) -> None:
     assert all(".mlp." in name for name in adapter.tensors)
     report = onward.verify(place / "run")
     assert report.ok
-    assert len(report.checked) == 3 + 4 + 2
+    assert len(report.checked) == 4 + 4 + 2 + 7  # its own files, checkpoints, outputs, what it was made from
     measured = status(place / "run").stages[1].evaluation
     assert measured is not None
     assert set(measured) == {"token_accuracy", "loss"}

@@ -452,10 +452,15 @@ def test_a_tensor_that_the_index_forgot_is_named(tmp_path):
 
 
 def test_an_output_of_adapters_is_verified_before_it_is_merged(adapter, tmp_path):
-    from onward.checkpoint.manifest import Manifest, describe_files, write_manifest
+    from onward.checkpoint.manifest import Manifest, write_manifest
+    from onward.checkpoint.tensorfile import FileRecord
+    from onward.files import digest_file
 
+    files = tuple(
+        FileRecord(path.name, path.stat().st_size, digest_file(path, "xxh3")) for path in sorted(adapter.iterdir())
+    )
     identity = {"run_id": "r", "stage": "s", "step": 1, "samples_seen": 1, "base": "sha256:0", "names": {}}
-    write_manifest(adapter, Manifest(kind="output", files=describe_files(adapter), **identity))
+    write_manifest(adapter, Manifest(kind="output", files=files, **identity))
     (adapter / "notes.txt").write_text("added later")
     assert peft_side.merged_by_us(adapter, None, tmp_path / "out").merged == 2
     config = adapter / "adapter_config.json"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from onward.checkpoint.tensorfile import FileRecord
+from onward.checkpoint.tensorfile import CHECKSUM, FileRecord
 from onward.errors import DamageError, InputError
-from onward.files import canonical_json, digest_bytes, digest_file
+from onward.files import canonical_json, digest_bytes
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -155,16 +155,4 @@ def write_file(path: Path, data: bytes) -> FileRecord:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    return FileRecord(path.name, len(data), digest_bytes(data))
-
-
-def describe_files(directory: Path, known: Iterable[FileRecord] = ()) -> tuple[FileRecord, ...]:
-    """A record of every file below `directory`, each fsynced and digested unless it is `known`. For outputs."""
-    records = {record.path: record for record in known}
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
-        if path.is_file() and name not in records and name != MANIFEST:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-            records[name] = FileRecord(name, path.stat().st_size, digest_file(path))
-    return tuple(records[name] for name in sorted(records))
+    return FileRecord(path.name, len(data), digest_bytes(data, CHECKSUM))

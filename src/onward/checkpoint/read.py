@@ -146,6 +146,12 @@ def list_checkpoints(checkpoints: Path) -> list[tuple[Path, Manifest]]:
     return _scan(checkpoints)[0]
 
 
+def own_checkpoints(checkpoints: Path, run_id: str, stage: str) -> dict[int, tuple[Path, Manifest]]:
+    """Step → a run's checkpoint of a stage, in the order of steps: by its readable manifest, nothing else is read."""
+    found = list_checkpoints(checkpoints)
+    return {m.step: (path, m) for path, m in found if (m.kind, m.run_id, m.stage) == ("checkpoint", run_id, stage)}
+
+
 def _scan(checkpoints: Path) -> tuple[list[tuple[Path, Manifest]], list[Damage]]:
     """By (step, name): of two for one step, the one that was to replace the other has the longer name, and wins."""
     found: list[tuple[Path, Manifest]] = []

@@ -28,17 +28,21 @@ def release(partial: Path) -> None:
 
 
 def belongs_to(directory: Path, run_id: str) -> bool:
-    """Whether this run wrote the directory: its manifest, or the mark of an unfinished one, says so."""
+    """Whether this run wrote the directory: its manifest, or the mark of an unfinished one, says so. One that a crash
+    left before its mark was whole, with nothing else in it, is nobody's loss.
+    """
     if directory.is_symlink() or not directory.is_dir():
         return False
     try:
         return read_manifest(directory).run_id == run_id
     except OnwardError:
         pass
+    names = [path.name for path in directory.iterdir()]
     try:
-        return (directory / OWNER).read_text() == run_id
+        mark = (directory / OWNER).read_text() if OWNER in names else ""
     except (OSError, UnicodeDecodeError):
         return False
+    return mark == run_id or (run_id.startswith(mark) and set(names) <= {OWNER})
 
 
 def set_aside(directory: Path, prefix: str) -> Path:
@@ -57,3 +61,4 @@ def discard(directory: Path) -> None:
         if path.name not in proof:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     shutil.rmtree(hidden)
+    fsync_directory(hidden.parent)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 
+from onward.checkpoint.manifest import Manifest
 from onward.checkpoint.read import list_checkpoints
 from onward.checkpoint.removal import belongs_to, discard
-from onward.checkpoint.verify import problems_of
+from onward.checkpoint.verify import problems_of, strangers
 from onward.files import PARTIAL
 
 
@@ -24,13 +26,13 @@ def retire(
     `keep_every`, best or pinned; and what crashed saves of this run have left. Call it while no save is in flight.
 
     The last are counted from the newest that verifies now; what is newer and damaged stays, as evidence. When none
-    verifies, none is deleted.
+    verifies, none is deleted. A copy of a checkpoint under another name, and one that somebody put a file into, are
+    somebody's: they stay, and count for nothing.
     """
     kept: set[int] = set()
     removed = []
     for path, manifest in reversed(list_checkpoints(checkpoints)):
-        own = manifest.run_id == run_id and stage in (None, manifest.stage) and manifest.kind == "checkpoint"
-        if not own or path.is_symlink():
+        if not _is_own(path, manifest, run_id, stage):
             continue
         step = manifest.step
         if not kept:
@@ -40,7 +42,7 @@ def retire(
             len(kept) < keep_last or step in best_steps or step in pinned or (keep_every and step % keep_every == 0)
         ):
             kept.add(step)
-        else:
+        elif next(strangers(path, manifest), None) is None:
             discard(path)
             removed.append(path)
     for path in sorted(checkpoints.glob(f"{PARTIAL}*")):
@@ -48,3 +50,10 @@ def retire(
             discard(path)
             removed.append(path)
     return removed
+
+
+def _is_own(path: Path, manifest: Manifest, run_id: str, stage: str | None) -> bool:
+    """Whether this run wrote the checkpoint, where it lies: what it says of itself, and its name."""
+    named = re.fullmatch(r"step-(\d+)(-[0-9a-f]{8})?", path.name)
+    is_ours = manifest.run_id == run_id and stage in (None, manifest.stage) and manifest.kind == "checkpoint"
+    return is_ours and not path.is_symlink() and named is not None and int(named[1]) == manifest.step

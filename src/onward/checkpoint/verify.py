@@ -29,13 +29,16 @@ def verify_directory(path: Path) -> list[Problem]:
         manifest = read_manifest(path)
     except OnwardError as error:
         return [Problem(path / MANIFEST, error.message)]
-    known = {record.path for record in manifest.files} | {MANIFEST}
-    extra = [
-        Problem(found, "is not in the manifest: written by something else")
-        for found in sorted(path.rglob("*"))
-        if not found.is_dir() and found.relative_to(path).as_posix() not in known
-    ]
+    extra = [Problem(found, "is not in the manifest: written by something else") for found in strangers(path, manifest)]
     return [*problems_of(path, manifest), *extra]
+
+
+def strangers(directory: Path, manifest: Manifest) -> Iterator[Path]:
+    """The files in the directory that its manifest does not know."""
+    known = {record.path for record in manifest.files} | {MANIFEST}
+    for found in sorted(directory.rglob("*")):
+        if not found.is_dir() and found.relative_to(directory).as_posix() not in known:
+            yield found
 
 
 def problems_of(directory: Path, manifest: Manifest) -> Iterator[Problem]:
@@ -47,7 +50,7 @@ def problems_of(directory: Path, manifest: Manifest) -> Iterator[Problem]:
             size = path.stat().st_size
             if size != record.size:
                 reason = f"has {size:,} bytes, {record.size:,} were written"
-            elif digest_file(path) != record.digest:
+            elif digest_file(path, record.algorithm) != record.digest:
                 reason = "damaged: its bytes do not have the digest in the manifest"
             else:
                 continue
@@ -55,6 +58,8 @@ def problems_of(directory: Path, manifest: Manifest) -> Iterator[Problem]:
             reason = "missing"
         except OSError as error:
             reason = f"cannot be read ({error.strerror})"
+        except ValueError:
+            reason = f"has a digest that this onward cannot compute: {record.algorithm}"
         damaged = True
         yield Problem(path, reason)
     if not damaged and manifest.kind == "checkpoint":

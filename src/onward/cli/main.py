@@ -6,13 +6,14 @@ Nothing heavy is imported here: `onward --help` and a mistyped command answer at
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 import sys
 from collections.abc import Sequence
 
 from onward import __version__
-from onward.cli import check, look, models, run
+from onward.cli import branch, check, look, models, prove, run
 from onward.cli.output import abandon
 from onward.cli.parser import Parser
 from onward.errors import Interrupted, OnwardError, PlanError
@@ -49,14 +50,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:  # a directory that may not be written, a full disk
         where = str(error.filename) if error.filename else None
-        return _report(OnwardError(error.strerror or str(error), where=where), as_json="--json" in words)
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        hint = "free some space, then run the same command again: what was committed is whole" if is_full else None
+        return _report(OnwardError(error.strerror or str(error), where=where, hint=hint), as_json="--json" in words)
 
 
 def _command(words: list[str]) -> int:
     parser = Parser(prog="onward", description=ABOUT, epilog=EXIT_STATUS)
     parser.add_argument("--version", action="version", version=f"onward {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for group in (run, check, look, models):
+    for group in (run, check, prove, branch, look, models):
         group.add_commands(commands)
     if not words:
         parser.print_help(sys.stderr)

@@ -7,20 +7,20 @@ gives the same batches in the same order, and the first batch of a continued run
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from onward.data.augment import augmented
 from onward.data.encode import Encoder
 from onward.data.order import Draw, Epochs
 from onward.data.prepare import StageData
 from onward.data.samples import BadSample, Encoded
-from onward.errors import InputError, OnwardError
+from onward.data.workers import made_by
+from onward.errors import InputError
 from onward.randomness import derive
 
 IGNORED = -100
@@ -78,8 +78,8 @@ def digest_samples(samples: Sequence[Encoded]) -> str:
 
 
 @dataclass(frozen=True)
-class _Steps(Dataset[StepBatch | OnwardError]):
-    """Steps `first` to `last` by number from 0. An error is an item too: so it comes out of a worker as it is."""
+class _Steps(Dataset[StepBatch]):
+    """Steps `first` to `last` by number from 0."""
 
     data: StageData
     encoder: Encoder
@@ -93,15 +93,12 @@ class _Steps(Dataset[StepBatch | OnwardError]):
     def __len__(self) -> int:
         return max(0, self.last - self.first + 1)
 
-    def __getitem__(self, number: int) -> StepBatch | OnwardError:
+    def __getitem__(self, number: int) -> StepBatch:
         step = self.first + number
         place = self.epochs.place(step)
         positions = np.arange(place.position, place.position + place.count)
-        try:
-            draws = self.data.draws(place.epoch, positions, seed=self.seed, stage=self.stage)
-            samples, skipped = _samples(self.data, self.encoder, draws, (self.seed, self.stage, place.epoch))
-        except OnwardError as error:
-            return error
+        draws = self.data.draws(place.epoch, positions, seed=self.seed, stage=self.stage)
+        samples, skipped = _samples(self.data, self.encoder, draws, (self.seed, self.stage, place.epoch))
         return _batch(step, place.epoch, place.position, samples, skipped, self.micro_batch_size, self.encoder.pad_id)
 
 
@@ -125,23 +122,8 @@ def step_batches(
     """
     epochs = Epochs(data.samples_per_epoch, batch_size)
     steps = _Steps(data, encoder, epochs, micro_batch_size, seed, stage, first_step, last_step)
-    loader: DataLoader[StepBatch | OnwardError] = DataLoader(
-        steps,
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=_start_worker if workers else None,
-        generator=torch.Generator(),  # else it would draw from the global one
-    )
-    try:
-        for batch in loader:
-            if isinstance(batch, OnwardError):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        if "DataLoader worker (pid" not in str(error):
-            raise
-        hint = "it was killed, probably for want of memory: set workers lower, or to 0; the run continues where it was"
-        raise InputError(f"a data-loader worker is gone ({error})", hint=hint) from error
+    hint = "it was killed, probably for want of memory: set workers lower, or to 0; the run continues where it was"
+    yield from made_by(workers, steps, hint)
 
 
 def eval_batches(data: StageData, encoder: Encoder, batch_size: int, limit: int | None = None) -> Iterator[StepBatch]:
@@ -199,9 +181,3 @@ def _batch(
         digest_samples(samples),
         skipped,
     )
-
-
-def _start_worker(_: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    torch.set_num_threads(1)
-    os.setpgid(0, 0)  # Ctrl-C and signals to the whole group are the main process's to answer

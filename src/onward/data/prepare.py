@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch.utils.data import Dataset
 
 from onward.cache import remembered
 from onward.data.augment import find_augment
@@ -21,6 +23,7 @@ from onward.data.encode import Encoder
 from onward.data.jsonl import JsonlFile
 from onward.data.order import Draw, Indices, Mix
 from onward.data.samples import BadSample, Origin
+from onward.data.workers import made_by
 from onward.errors import InputError
 from onward.files import canonical_json, digest_bytes
 
@@ -28,6 +31,10 @@ SHOWN = 5
 """Bad samples that a message lists one by one."""
 REPORT_EVERY = 5.0
 """Seconds between two lines of progress."""
+CHUNK = 256
+"""Rows that are measured at a time."""
+SHARED, MOST_WORKERS = 4096, 16
+"""From so many rows on, processes share the work: as many as torch has threads, up to so many."""
 
 
 @dataclass(frozen=True)
@@ -196,27 +203,61 @@ def _media(file: JsonlFile, encoder: Encoder) -> list[tuple[str, int, int]]:
     return listing
 
 
+@dataclass(frozen=True)
+class _Measures:
+    """Of rows in order: tokens and targets (0 for a bad one); the bad ones' row, reason, whether only too long."""
+
+    tokens: list[int]
+    targets: list[int]
+    bad: list[tuple[int, str, bool]]
+
+
+@dataclass(frozen=True)
+class _Chunks(Dataset[_Measures]):
+    """A file's rows, CHUNK at a time."""
+
+    file: JsonlFile
+    encoder: Encoder
+
+    def __len__(self) -> int:
+        return -(-len(self.file) // CHUNK)
+
+    def __getitem__(self, number: int) -> _Measures:
+        measures = _Measures([], [], [])
+        for row in range(number * CHUNK, min((number + 1) * CHUNK, len(self.file))):
+            tokens = targets = 0
+            try:
+                tokens, targets = self.encoder.measure(self.file.row(row), self.file.origin(row))
+            except BadSample as error:
+                measures.bad.append((row, error.reason, error.overlong))
+            measures.tokens.append(tokens)
+            measures.targets.append(targets)
+        return measures
+
+
 def _measured(
     file: JsonlFile, encoder: Encoder, media: list[tuple[str, int, int]], progress: Callable[[str], None]
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], list[tuple[int, str, bool]]]:
     """Tokens and targets of each row (0 for a bad one), and the bad ones: row, reason, whether it is only too long."""
 
     def measure() -> bytes:
-        tokens, targets = np.zeros(len(file), np.int32), np.zeros(len(file), np.int32)
-        bad_rows: list[tuple[int, str, bool]] = []
+        chunks, whole = _Chunks(file, encoder), _Measures([], [], [])
+        workers = min(torch.get_num_threads(), MOST_WORKERS) if len(file) >= SHARED else 0
         last_report = time.monotonic()
-        for i, row in file.rows():
-            try:
-                if isinstance(row, BadSample):
-                    raise row
-                tokens[i], targets[i] = encoder.measure(row, file.origin(i))
-            except BadSample as error:
-                bad_rows.append((i, error.reason, error.overlong))
+        for part in made_by(workers if workers > 1 else 0, chunks, "run the same command again, with more memory free"):
+            whole.tokens.extend(part.tokens)
+            whole.targets.extend(part.targets)
+            whole.bad.extend(part.bad)
             if time.monotonic() - last_report > REPORT_EVERY:
                 last_report = time.monotonic()
-                progress(f"{file.label}: {i + 1:,} of {len(file):,} rows measured")
+                progress(f"{file.label}: {len(whole.tokens):,} of {len(file):,} rows measured")
         packed = io.BytesIO()
-        np.savez(packed, tokens=tokens, targets=targets, bad=np.frombuffer(canonical_json(bad_rows), np.uint8))
+        np.savez(
+            packed,
+            tokens=np.array(whole.tokens, np.int32),
+            targets=np.array(whole.targets, np.int32),
+            bad=np.frombuffer(canonical_json(whole.bad), np.uint8),
+        )
         return packed.getvalue()
 
     # The path is in the key because the reasons name it.

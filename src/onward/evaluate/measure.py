@@ -23,6 +23,12 @@ def better(metric: str, value: float, than: float) -> bool:
     return value < than if metric == "loss" else value > than
 
 
+def best_of(evaluations: Sequence[dict[str, Any]], metric: str, count: int) -> list[dict[str, Any]]:
+    """The `count` best of evaluations {"metric", "value", "step"} by this metric, the best first, then the earlier."""
+    comparable = [one for one in evaluations if one["metric"] == metric]
+    return sorted(comparable, key=lambda one: float(one["value"]), reverse=better(metric, 1.0, than=0.0))[:count]
+
+
 def measure(
     model: Any,
     encoder: Encoder,

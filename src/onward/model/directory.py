@@ -13,6 +13,7 @@ from onward.errors import PlanError
 from onward.files import canonical_json, digest_bytes, read_json
 from onward.model.families import Family, find_family
 from onward.weights.shards import model_shards
+from onward.weights.sidecars import sidecars
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -65,14 +66,17 @@ def open_model_directory(directory: Path) -> ModelDirectory:
 
 
 def fingerprint_model(directory: Path, files: tuple[str, ...]) -> dict[str, str]:
-    """Digests of content: `weights` over the shards, `config`, `tokenizer` over tokenizer, template and processor.
+    """Digests of content: `weights` over the shards, `tokenizer` over tokenizer, template and processor, `config` over
+    the other files that belong to the model.
 
     Every byte is read once; after that the digest is remembered by path, size, mtime and inode.
     """
     weights = {name: cached_digest(directory / name) for name in files}
-    tokenizer = {name: cached_digest(directory / name) for name in TOKENIZER_FILES if (directory / name).is_file()}
+    beside = {path.relative_to(directory).as_posix(): cached_digest(path) for path in sidecars(directory)}
+    tokenizer = {name: digest for name, digest in beside.items() if name in TOKENIZER_FILES}
+    config = {name: digest for name, digest in beside.items() if name not in TOKENIZER_FILES}
     return {
         "weights": digest_bytes(canonical_json(weights)),
-        "config": cached_digest(directory / "config.json"),
+        "config": digest_bytes(canonical_json(config)),
         "tokenizer": digest_bytes(canonical_json(tokenizer)),
     }

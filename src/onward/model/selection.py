@@ -164,10 +164,16 @@ def _ends_with(layer: str, target: str) -> bool:
     return layer == target or layer.endswith("." + target)
 
 
+def learning_rate_of(stage: Stage, train: Train) -> float:
+    """The learning rate of one key of `train`, at the schedule's top."""
+    if train.learning_rate is not None:
+        return train.learning_rate
+    return stage.learning_rate * (1.0 if train.learning_rate_scale is None else train.learning_rate_scale)
+
+
 def _groups(key: str, stage: Stage, train: Train, shapes: Mapping[str, tuple[int, ...]]) -> list[Group]:
     """One group, or two: norms and biases (everything of one dimension) never decay."""
-    rate = stage.learning_rate * (1.0 if train.learning_rate_scale is None else train.learning_rate_scale)
-    rate = rate if train.learning_rate is None else train.learning_rate
+    rate = learning_rate_of(stage, train)
     decay = stage.optimizer.weight_decay if train.weight_decay is None else train.weight_decay
     split = [(key, decay, [name for name in shapes if len(shapes[name]) >= 2])]
     split.append((f"{key}.no_decay", 0.0, [name for name in shapes if len(shapes[name]) < 2]))

@@ -5,12 +5,13 @@
 | free | applied and recorded |
 | forward | a stage that has not begun: applied and recorded |
 | acceptable | refused unless accepted by name; then recorded, from this step on |
-| breaking | refused: another plan is another run |
+| breaking | refused: another plan is another run, which `onward fork` may branch off from a checkpoint |
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -22,17 +23,22 @@ from onward.plan.suggest import closest
 
 Tier = Literal["bitwise", "state-exact", "declared", "refused"]
 TIERS: tuple[Tier, ...] = ("bitwise", "state-exact", "declared", "refused")
+# What a fork gives up: nothing; its place in data and schedule; the optimizer's state too; everything, as a new run.
+Cost = Literal["nothing", "place", "optimizer", "everything"]
+COSTS: tuple[Cost, ...] = ("nothing", "place", "optimizer", "everything")
 FORWARD: tuple[Kind, Tier] = ("forward", "bitwise")
 BREAKING: tuple[Kind, Tier] = ("breaking", "refused")
 
 # Key → (kind, the tier that still holds once it is applied). `*` stands for one stage, module or list index.
-# Paths are free because content decides: `fingerprint_changes` compares what stands there. The engine's device and
+# Paths are free because content decides: `fingerprint_changes` compares what stands there; rows that were only added
+# are a change like any other (docs/architecture.md says why). The engine's device and
 # threads are free because the environment decides: `environment_changes` compares what is really used.
 TABLE: dict[str, tuple[Kind, Tier]] = {
     "model": ("free", "bitwise"),
     "seed": BREAKING,
     "deterministic": ("acceptable", "state-exact"),
     "checkpoint.every": ("free", "bitwise"),
+    "checkpoint.asynchronous": ("free", "bitwise"),
     "checkpoint.keep.last": ("free", "bitwise"),
     "checkpoint.keep.best": ("free", "bitwise"),
     "checkpoint.keep.every": ("free", "bitwise"),
@@ -81,6 +87,9 @@ TABLE: dict[str, tuple[Kind, Tier]] = {
     "stages.*.evaluate.every": ("free", "bitwise"),
     "stages.*.evaluate.limit": ("acceptable", "declared"),
     "stages.*.evaluate.max_new_tokens": ("acceptable", "declared"),
+    "stages.*.early_stopping": ("acceptable", "declared"),
+    "stages.*.early_stopping.patience": ("acceptable", "declared"),
+    "stages.*.early_stopping.threshold": ("acceptable", "declared"),
     "stages.*.output.form": ("acceptable", "declared"),
     "stages.*.output.from": ("acceptable", "declared"),
 }
@@ -108,7 +117,12 @@ class Change:
 
     def __str__(self) -> str:
         why = f" ({self.why})" if self.why else ""
-        return f"{self.key}: {_shown(self.before)} → {_shown(self.after)}{why}"
+        return change_text(self.key, self.before, self.after) + why
+
+
+def change_text(key: str, before: Any, after: Any) -> str:
+    """A change for people."""
+    return f"{key}: {_shown(before)} → {_shown(after)}"
 
 
 @dataclass(frozen=True)
@@ -143,6 +157,28 @@ def plan_changes(old: Plan, new: Plan, begun: Collection[str], finished: Collect
     return sorted(changes, key=lambda change: change.key)
 
 
+def cost(change: Change) -> Cost:
+    """What a fork gives up to take on a change of its stage.
+
+    A place in the data means something only in the same data and batches; an optimizer's state belongs to the
+    parameters that it was gathered on.
+    """
+    match change.key.split("."):
+        case ["content", "data" | "encoding", _]:
+            return "place"
+        case ["content", "evaluation", _]:
+            return "nothing"
+        case ["content", *_] | ["stages"]:
+            return "everything"
+        case ["stages", _, "batch_size" | "max_length" | "overlong" | "loss_on"] if change.kind == "breaking":
+            return "place"
+        case ["stages", _, "data", *_] if change.kind == "breaking":
+            return "place"
+        case ["stages", _, "train", *_] | ["stages", _, "optimizer", "name"] if change.kind == "breaking":
+            return "optimizer"
+    return "nothing"
+
+
 def environment_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[Change]:
     """Versions, device, threads, engine, switches: what differs, as acceptable changes `environment.NAME`."""
     return [
@@ -155,7 +191,8 @@ def environment_changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[
 def fingerprint_changes(
     old: Mapping[str, Any], new: Mapping[str, Any], begun: Collection[str] | None = None
 ) -> list[Change]:
-    """Content that is no longer the same: breaking changes `content.model`, `content.data.STAGE`, ….
+    """Content that is no longer the same: breaking changes `content.model`, `content.data.STAGE`, …; what a stage is
+    only measured on (`content.evaluation.STAGE`) is acceptable.
 
     Two levels: a mapping under a name is by stage. With `begun`, other stages' content is `forward`.
     """
@@ -166,7 +203,8 @@ def fingerprint_changes(
             for stage in sorted(before.keys() | after.keys()):
                 if before.get(stage) != after.get(stage):
                     is_ahead = begun is not None and stage not in begun
-                    kind, holds = FORWARD if is_ahead else BREAKING
+                    measured: tuple[Kind, Tier] = ("acceptable", "declared")
+                    kind, holds = FORWARD if is_ahead else measured if name == "evaluation" else BREAKING
                     key = f"content.{name}.{stage}"
                     changes.append(Change(key, before.get(stage), after.get(stage), kind, stage, holds))
         elif before != after:
@@ -180,16 +218,15 @@ def judge(changes: Sequence[Change], accepted: Collection[str] = ()) -> Judgemen
     A name is a whole key (`stages.sft.learning_rate`), the end of one (`learning_rate`: in all stages), or
     `environment` for all of it. PlanError for a name that no change could ever have.
     """
-    _check_names(accepted, changes)
-    said = {change.key for change in changes}
+    check_names(accepted, changes)
     applied, refused, reasons = [], [], []
     for change in changes:
-        is_said = ENVIRONMENT_BY_PLAN.get(change.key) in said
+        is_said = any(_follows(change, other) for other in changes)
         if change.kind in ("free", "forward") or is_said:
             applied.append(change)
             why = "this stage has not begun" if change.kind == "forward" else "free to change"
             reasons.append(f"{change} ({'follows from the plan' if is_said else why})")
-        elif change.kind == "acceptable" and any(_names(name, change.key) for name in accepted):
+        elif change.kind == "acceptable" and is_named(change, accepted):
             applied.append(change)
             reasons.append(f"{change} (accepted, from this step on)")
         else:
@@ -202,18 +239,77 @@ def judge(changes: Sequence[Change], accepted: Collection[str] = ()) -> Judgemen
     return Judgement("refused" if refused else tier, applied, refused, reasons or ["same plan, same environment"])
 
 
-def refusal(judgement: Judgement, command: str) -> Refused:
+@dataclass(frozen=True)
+class Branch:
+    """What a refusal can offer: a fork of `run` from `step` of `stage`, in a directory that is `free`.
+
+    `step` is None where there is no checkpoint to fork from. `extensible`: no later stage has trained.
+    """
+
+    run: str
+    free: str
+    plan: Plan
+    stage: str | None
+    step: int | None
+    extensible: bool
+
+
+def refusal(judgement: Judgement, command: str, branch: Branch) -> Refused:
     """The error for a judgement that refuses. `command` is what the user ran (`onward run plan.yaml`)."""
     breaking = [change for change in judgement.refused if change.kind == "breaking"]
-    names = dict.fromkeys(_accept_name(change) for change in judgement.refused if change.kind == "acceptable")
-    accept = command + "".join(f" --accept {name}" for name in names)
-    if breaking:
-        base = command.partition(" --run ")[0]
-        hint = f"undo the change, or begin another run: {base} --run OTHER_DIR"
-    else:
+    if not breaking:
+        names = dict.fromkeys(map(_accept_name, judgement.refused))
+        accept = command + "".join(f" --accept {name}" for name in names)
         hint = f"undo the change, or go on with it from this step on: {accept}"
+    elif branch.extensible and (more := _more(judgement.refused)):
+        unit, count = more
+        extend = ["onward", "extend", branch.run, "--stage", branch.stage or "", f"--{unit}", f"+{count}"]
+        hint = f"undo the change, and train the stage further: {shlex.join([*extend, '--schedule', 'rewarm'])}"
+    elif branch.step is None or any(cost(change) == "everything" for change in breaking):
+        base = command.partition(" --run ")[0]
+        hint = f"undo the change, or begin another run: {base} --run {shlex.quote(branch.free)}"
+    else:
+        hint = f"undo the change, or branch a run off with it: {_fork_command(judgement, branch)}"
     shown = "\n".join(f"  {change}" for change in judgement.refused)
     return Refused(f"the run cannot go on as it was; nothing was changed. What differs:\n{shown}", hint=hint)
+
+
+def _more(changes: Sequence[Change]) -> tuple[str, int] | None:
+    """("epochs", 1) when all that differs is that a stage should be longer by that."""
+    match changes:
+        case [Change(key=key, before=int(before), after=int(after))] if after > before:
+            unit = key.rsplit(".", 1)[-1]
+            return (unit, after - before) if unit in ("epochs", "steps") else None
+    return None
+
+
+def _fork_command(judgement: Judgement, branch: Branch) -> str:
+    """The fork that takes on all that differs: what the plan says as KEY=VALUE, all else by --accept."""
+    changes = [*judgement.applied, *judgement.refused]
+    options = ["--weights-only"] if any(cost(change) == "optimizer" for change in changes) else []
+    for area in ("environment", "content"):
+        if any(change.key.startswith(f"{area}.") for change in judgement.refused):
+            options += ["--accept", area]
+    place = f"{branch.run}@{branch.stage}/{branch.step}"
+    return shlex.join(["onward", "fork", place, "--run", branch.free, *options, *_overrides(changes, branch.plan)])
+
+
+def _overrides(changes: Sequence[Change], plan: Plan) -> list[str]:
+    """Changes of the plan as KEY=VALUE. A table of what trains is given whole: no override takes a module out of it."""
+    values: dict[str, Any] = {}
+    trains = {stage.name: stage.train for stage in plan.stages}
+    for change in changes:
+        name = change.stage or ""
+        if change.key.startswith(f"stages.{name}.train.") and change.kind in ("breaking", "forward"):
+            table = trains[name]
+            values[f"stages.{name}.train"] = {
+                module: train.model_dump(mode="json", exclude_unset=True) for module, train in table.items()
+            }
+    for change in changes:
+        if not change.key.startswith(("environment.", "content.", *(f"{whole}." for whole in values))):
+            values[change.key] = change.after
+    values.pop("stages", None)  # stages come and go in the plan file
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items()]
 
 
 def _differences(old: Any, new: Any, key: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
@@ -255,21 +351,37 @@ def _order_change(old: list[str], new: list[str], begun: Collection[str]) -> lis
     return [Change("stages", old, new, kind, None, holds)]
 
 
+def is_named(change: Change, accepted: Collection[str]) -> bool:
+    """Does one of the names accept the change?"""
+    return any(_names(name, change.key) for name in accepted)
+
+
 def _names(name: str, key: str) -> bool:
-    return key == name or key.endswith(f".{name}") or (name == "environment" and key.startswith("environment."))
+    is_area = name in ("environment", "content") and key.startswith(f"{name}.")
+    return key == name or key.endswith(f".{name}") or is_area
 
 
 def _accept_name(change: Change) -> str:
-    return "environment" if change.key.startswith("environment.") else change.key.rsplit(".", 1)[-1]
+    area, _, _ = change.key.partition(".")
+    return area if area in ("environment", "content") else change.key.rsplit(".", 1)[-1]
 
 
-def _check_names(accepted: Collection[str], changes: Sequence[Change]) -> None:
+def _follows(change: Change, other: Change) -> bool:
+    """Does the change only follow from another one, of the plan, which has to be said (or not) itself?"""
+    if change.key.startswith("content.evaluation."):
+        measured = f"stages.{change.stage}.evaluate"
+        is_of_data = other.key == measured or other.key.startswith(f"{measured}.data")
+        return is_of_data and other.kind == "acceptable"
+    return ENVIRONMENT_BY_PLAN.get(change.key) == other.key
+
+
+def check_names(accepted: Collection[str], changes: Sequence[Change]) -> None:
     """A misspelt --accept is an error; one that nothing needs (any more) is not: the same command must work twice."""
-    known = {pattern.rsplit(".", 1)[-1] for pattern in TABLE} - {"*"} | {"environment"}
+    known = {pattern.rsplit(".", 1)[-1] for pattern in TABLE} - {"*"} | {"environment", "content"}
     for name in accepted:
         if (
             name.rsplit(".", 1)[-1] in known
-            or name.startswith("environment.")
+            or name.startswith(("environment.", "content."))
             or any(_names(name, change.key) for change in changes)
         ):
             continue

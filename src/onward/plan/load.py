@@ -65,6 +65,17 @@ def load_plan(path: Path, overrides: Sequence[str] = (), standing: Mapping[str, 
     PlanError with all mistakes, each as `file:line: key: what is wrong`.
     """
     written, lines = read_document(path)
+    return plan_from(written, lines, path, overrides, standing)
+
+
+def plan_from(
+    written: Any,
+    lines: Mapping[Key, int],
+    path: Path,
+    overrides: Sequence[str] = (),
+    standing: Mapping[str, Any] | None = None,
+) -> LoadedPlan:
+    """`load_plan` of a file's values and lines. `path` is where its relative paths begin."""
     if not isinstance(written, dict):
         is_empty = written is None
         raise PlanError(

@@ -6,9 +6,9 @@ The file ends with a digest of the rest, so that a damaged lock is found and nev
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from onward.errors import DamageError, Refused
 from onward.files import canonical_json, digest_bytes, read_json, write_json
@@ -31,13 +31,52 @@ class Amendment(BaseModel):
     kind: Literal["free", "forward", "acceptable"]
 
 
+class Extension(BaseModel):
+    """`steps` more for a stage (for `epochs` more, where that was asked for), taken on by attempt `attempt`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    attempt: int
+    stage: str
+    steps: Annotated[int, Field(ge=1)]
+    epochs: int | None = None
+    schedule: Literal["rewarm", "constant", "continue"]
+
+
+class Declared(BaseModel):
+    """One key that a fork has otherwise than the run that it comes from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    key: str
+    before: Any
+    after: Any
+
+
+class Fork(BaseModel):
+    """Where a run was forked from: the run by its id and the path given, the checkpoint by its manifest's digest.
+
+    Without `keeps_place` the stage began anew at step 0: with the optimizer's state or, `weights_only`, without.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    run_id: str
+    run: str
+    stage: str
+    step: int
+    manifest: str
+    weights_only: bool
+    keeps_place: bool
+    changes: list[Declared]
+
+
 class Lock(BaseModel):
     """What a run is.
 
     `created` is UTC in ISO form; `date` is the day that chat templates print; `written` is the plan file as parsed and
     `overrides` the command line's (dotted key → value); `plan` is resolved. `fingerprints` are content digests:
     {"model": …, "tokenizer": …, "data": {stage: …}, …}. `measured` holds per stage what was measured once:
-    {"micro_batch_size": …}.
+    {"micro_batch_size": …}. `starts` holds the fingerprints of the models that stages begin from other than the output
+    of the stage before: {stage: …}. `plan_digest` is of plan.yaml, `files` of each file behind the fingerprints by its
+    path as the plan names it: what `verify` compares.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,10 +87,15 @@ class Lock(BaseModel):
     written: dict[str, Any]
     overrides: dict[str, Any]
     plan: dict[str, Any]
+    plan_digest: str = ""
     fingerprints: dict[str, Any]
+    files: dict[str, str] = {}
     environment: dict[str, str]
     measured: dict[str, dict[str, int]] = {}
     amendments: list[Amendment] = []
+    extensions: list[Extension] = []
+    forked_from: Fork | None = None
+    starts: dict[str, str] = {}
 
 
 def plan_values(plan: Plan) -> dict[str, Any]:
@@ -67,6 +111,11 @@ def locked_plan(lock: Lock) -> Plan:
         raise DamageError(
             f"the locked plan is not one ({error.error_count()} mistakes)", where="plan.lock.json"
         ) from None
+
+
+def extensions_of(lock: Lock | None, stage: str) -> list[Extension]:
+    """What a stage was extended by, in order."""
+    return [extension for extension in lock.extensions if extension.stage == stage] if lock else []
 
 
 def write_lock(path: Path, lock: Lock) -> None:

@@ -94,6 +94,13 @@ class Evaluate(Strict):
     max_new_tokens: Count = Field(64, description="exact_match: longest answer that is generated")
 
 
+class EarlyStopping(Strict):
+    """Ends a stage when the first metric of evaluate no longer improves; counted as in transformers."""
+
+    patience: Count = Field(3, description="so many evaluations in a row that are no better than the best before")
+    threshold: NotNegative = Field(0.0, description="by how much one must be better to count")
+
+
 class Output(Strict):
     """What the stage hands on."""
 
@@ -120,6 +127,7 @@ class Shared(Strict):
     max_grad_norm: Positive | None = Field(1.0, description="over all parameters and the whole step; null: no clipping")
     schedule: Schedule = Schedule()
     evaluate: Evaluate | None = None
+    early_stopping: EarlyStopping | None = None
     output: Output = Output()
 
 
@@ -140,6 +148,12 @@ class Stage(Shared):
             raise ValueError("give epochs or steps, not both (null clears one)")
         return self
 
+    @model_validator(mode="after")
+    def _evaluations_to_stop_by(self) -> Stage:
+        if self.early_stopping and not (self.evaluate and self.evaluate.every):
+            raise ValueError("early_stopping needs evaluate.every: without it nothing is measured on the way")
+        return self
+
 
 class Keep(Strict):
     """Which checkpoints stay."""
@@ -154,6 +168,7 @@ class CheckpointPlan(Strict):
 
     every: Count = Field(100, description="steps")
     keep: Keep = Keep()
+    asynchronous: bool = Field(True, description="training waits for a copy in memory only; false: for the disk too")
 
 
 class Engine(Strict):

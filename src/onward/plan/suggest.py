@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 from onward.plan.schema import (
     CheckpointPlan,
+    EarlyStopping,
     Engine,
     Evaluate,
     Keep,
@@ -95,6 +96,10 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "eval_dataset": ("evaluate.data",),
     "validation_file": ("evaluate.data",),
     "eval_steps": ("evaluate.every",),
+    "early_stopping_patience": ("early_stopping.patience",),
+    "early_stopping_threshold": ("early_stopping.threshold",),
+    "async_save": ("checkpoint.asynchronous",),
+    "asynchronous_checkpoint": ("checkpoint.asynchronous",),
     "eval_interval": ("evaluate.every",),
     "modules": ("train",),
     "trainable": ("train",),
@@ -198,6 +203,7 @@ HOMES: tuple[tuple[str, frozenset[str]], ...] = (
     ("a module under train", frozenset(Train.model_fields)),
     ("a source under data", frozenset(Source.model_fields)),
     ("evaluate", frozenset(Evaluate.model_fields)),
+    ("early_stopping", frozenset(EarlyStopping.model_fields)),
     ("output", frozenset(Output.model_fields) - {"from_"} | {"from"}),
     ("checkpoint", frozenset(CheckpointPlan.model_fields)),
     ("checkpoint.keep", frozenset(Keep.model_fields)),

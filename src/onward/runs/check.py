@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from onward.model.selection import Selection
 from onward.plan.load import LoadedPlan
 from onward.plan.schema import CheckpointPlan
-from onward.runs.begin import judge_changes, open_lock
+from onward.runs.account import account
+from onward.runs.begin import go_on, judge_changes, open_lock
 from onward.runs.directory import RunDirectory
 from onward.runs.environment import environment
-from onward.runs.inputs import StageInputs, fingerprints, prepare_inputs
+from onward.runs.inputs import StageInputs, content_of, prepare_inputs
 from onward.runs.resolve import Resolved, ResolvedStage, resolve
 from onward.weights.merge import merge_bytes
 
@@ -134,10 +135,11 @@ def _stage_lines(number: int, stage: StageCheck) -> Iterator[str]:
 
 def check_plan(loaded: LoadedPlan, *, show: int = 0, run: RunDirectory) -> CheckReport:
     """All that `run` would find out before its first step, and the errors it would give; writes nothing but caches."""
-    resolved = resolve(loaded)
+    lock = open_lock(run) if run.state() == "run" else None
+    resolved = resolve(loaded, lock.starts if lock else ())
     directory = run.path
     warnings: list[str] = []
-    inputs = prepare_inputs(resolved, date.today().isoformat(), lambda text: None)
+    inputs = prepare_inputs(resolved, date.today().isoformat(), lambda text: None, lock)
     stages = tuple(_stage(resolved, stage, inputs[stage.plan.name]) for stage in resolved.stages)
     disk = sum(stage.checkpoints_bytes + stage.output_bytes for stage in stages)
     free = shutil.disk_usage(_existing(directory)).free
@@ -168,11 +170,11 @@ def _promise(loaded: LoadedPlan, run: RunDirectory, resolved: Resolved, inputs: 
         if loaded.plan.deterministic:
             return f"bitwise: a new run in {run.path}, exact after any interruption"
         return f"state-exact: a new run in {run.path}; deterministic: false, so sums may come in another order"
-    content = fingerprints(resolved, inputs)
-    judgement = judge_changes(
-        run, open_lock(run), loaded.plan, environment(loaded.plan), content, (), f"onward run {loaded.path}"
-    )
-    return f"{judgement.tier}: continues {run.path} ({'; '.join(judgement.reasons)})"
+    lock, content, now = open_lock(run), content_of(resolved, inputs), environment(loaded.plan)
+    told = account(run, lock)
+    judgement = judge_changes(run, lock, told.history(), loaded.plan, now, content, (), f"onward run {loaded.path}")
+    beginning = go_on(run, loaded, lock, judgement, told, now, content, lock.measured)
+    return f"{beginning.tier}: continues {run.path} ({'; '.join(beginning.reasons)})"
 
 
 def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> StageCheck:
@@ -184,9 +186,8 @@ def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> Sta
     epochs_run = inputs.total_steps / math.ceil(inputs.data.samples_per_epoch / plan.batch_size)
     frozen = sum(entry.nbytes for entry in resolved.model.tensors.values())
     base = merge_bytes(resolved.model.path) if plan.output.form == "merged" else trained * FP32
-    warmup = plan.schedule.warmup_steps
-    if warmup is None:
-        warmup = math.ceil(inputs.total_steps * (plan.schedule.warmup_ratio or 0.0))
+    ends = ", ".join(map(str, inputs.horizon.ends[:-1]))
+    extended = f", extended after step {ends}" if ends else ""
     return StageCheck(
         name=plan.name,
         modules=tuple(_modules(resolved, stage, selection)),
@@ -201,7 +202,7 @@ def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> Sta
         target_tokens=round(inputs.data.targets_per_epoch * epochs_run),
         longest=inputs.data.longest,
         skipped=len(inputs.data.skipped),
-        schedule=f"{plan.schedule.name}, {warmup} steps of warm-up",
+        schedule=f"{plan.schedule.name}, {inputs.horizon.segments[0].warmup} steps of warm-up{extended}",
         evaluation_samples=inputs.evaluation.rows if inputs.evaluation else 0,
         checkpoint_bytes=checkpoint,
         checkpoints_bytes=checkpoint * (_kept(keep, inputs.total_steps) + 1),  # one is written before one goes

@@ -9,11 +9,11 @@ from typing import Any
 
 from onward.checkpoint.manifest import MANIFEST, read_manifest
 from onward.errors import PlanError
-from onward.files import read_json, read_jsonl
+from onward.files import read_json
 from onward.plan.changes import plan_changes
 from onward.plan.lock import Lock, locked_plan, read_lock
 from onward.runs.directory import RunDirectory
-from onward.runs.journal import canonical_metrics
+from onward.runs.journal import canonical_metrics, read_metrics
 from onward.weights.compare import TensorComparison, compare_tensors
 
 SHOWN = 10
@@ -66,15 +66,17 @@ def diff(a: Path, b: Path) -> DiffReport:
 def _runs(a: Path, b: Path) -> Iterator[Part]:
     one, other = RunDirectory(a), RunDirectory(b)
     yield from _locks(read_lock(one.lock), read_lock(other.lock))
-    yield _metrics(canonical_metrics(read_jsonl(one.metrics)), canonical_metrics(read_jsonl(other.metrics)))
+    yield _metrics(canonical_metrics(read_metrics(one.metrics)), canonical_metrics(read_metrics(other.metrics)))
     yield from _pairs(a, b, "stages/*/checkpoints/*")
     yield from _pairs(a, b, "stages/*/output")
 
 
 def _pairs(a: Path, b: Path, pattern: str) -> Iterator[Part]:
     """Checkpoints and outputs that both have, by their place; those that one alone has are named, and count."""
-    here = {path.relative_to(a).as_posix() for path in a.glob(pattern) if (path / MANIFEST).exists()}
-    there = {path.relative_to(b).as_posix() for path in b.glob(pattern) if (path / MANIFEST).exists()}
+    here, there = (
+        {p.relative_to(run).as_posix() for p in run.glob(pattern) if p.name[0] != "." and (p / MANIFEST).exists()}
+        for run in (a, b)
+    )
     for name in sorted(here | there):
         if name in here and name in there:
             yield from _directories(a / name, b / name, name)
@@ -131,8 +133,8 @@ def _values(a: Any, b: Any, key: str = "") -> list[str]:
 
 def _metrics(a: dict[tuple[str, int], dict[str, Any]], b: dict[tuple[str, int], dict[str, Any]]) -> Part:
     odd = [f"{stage} step {step}: only in one" for stage, step in sorted(a.keys() ^ b.keys())]
-    for key in sorted(a.keys() & b.keys()):
-        if a[key] != b[key]:
+    for key in a:  # as they were trained
+        if key in b and a[key] != b[key]:
             odd += [f"{key[0]} step {key[1]}: {text}" for text in _values(a[key], b[key])]
     steps = sum(step > 0 for _, step in a)
     return Part("metrics", not odd, f"{steps} steps, equal in every digit" if not odd else "differ", tuple(odd))

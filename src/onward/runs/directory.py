@@ -9,7 +9,7 @@ from pathlib import Path
 from onward.errors import Refused
 from onward.files import PARTIAL
 
-LOCK, PLAN, HOLD = "plan.lock.json", "plan.yaml", "run.hold"
+LOCK, PLAN, HOLD, START = "plan.lock.json", "plan.yaml", "run.hold", "start"
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,10 @@ class RunDirectory:
     def checkpoints(self, names: Sequence[str], name: str) -> Path:
         return self.stage(names, name) / "checkpoints"
 
+    def start(self, names: Sequence[str], name: str) -> Path:
+        """The model that the stage begins from instead of an output, where a fork made one."""
+        return self.stage(names, name) / START
+
     def output(self, names: Sequence[str], name: str) -> Path:
         return self.stage(names, name) / "output"
 
@@ -72,10 +76,13 @@ class RunDirectory:
             if item.name not in (PLAN, HOLD) and not item.name.startswith(PARTIAL)
         ]
         if strangers:
+            way_out = "name another directory with --run"
+            if self.journal.exists() or (self.path / "stages").exists():
+                way_out = f"bring {self.lock} back: without it nothing says what the checkpoints continue; or {way_out}"
             raise Refused(
                 f"is not a run directory ({LOCK} is missing) and not empty ({sorted(strangers)[0]})",
                 where=str(self.path),
-                hint="name another directory with --run; nothing was changed here",
+                hint=f"{way_out}; nothing was changed here",
             )
         return "new"
 

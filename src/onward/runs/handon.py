@@ -60,7 +60,7 @@ def result_of(session: Session, live: LiveStage) -> Result:
 
     stage, training = live.plan, live.training
     if stage.output.from_ == "best" and training.progress.best:
-        best = live.checkpoints / checkpoint_name(int(training.progress.best["step"]))
+        best = live.checkpoints / checkpoint_name(int(training.progress.best[0]["step"]))
         put_in_place(live, open_checkpoint(best, session.lock.run_id, stage.name))
     trainable, batch = training.trainable, live.probe_batch()
     output = session.directory.output(session.resolved.names, stage.name)

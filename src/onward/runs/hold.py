@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from onward.errors import Refused
+from onward.errors import InputError, Refused
+from onward.files import make_directories
 
 HEARTBEAT = 10.0  # seconds between signs of life
 STALE = 120.0  # seconds without one after which a hold from another host counts as abandoned
@@ -31,8 +32,11 @@ def hold(path: Path, note: Callable[[str], None]) -> Iterator[None]:
     """
     if path.resolve() in _HELD:
         _refuse(path, {"host": socket.gethostname(), "process": os.getpid()}, "is running")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        make_directories(path.parent)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise InputError(f"cannot be written ({error.strerror})", where=str(path)) from None
     try:
         mine = {"host": socket.gethostname(), "process": os.getpid()}
         other = _holder(descriptor)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onward.cache import cached_digest
+from onward.errors import InputError
 from onward.model.directory import fingerprint_model
+from onward.plan.lock import Extension, Lock, extensions_of
 from onward.runs.resolve import Resolved, ResolvedStage
+from onward.train.schedule import Horizon, horizon
+from onward.weights.sidecars import sidecars
 
 if TYPE_CHECKING:
     from onward.data.encode import Encoder
@@ -21,15 +27,50 @@ class StageInputs:
     encoder: Encoder
     data: StageData
     evaluation: StageData | None
-    total_steps: int
+    horizon: Horizon
+
+    @property
+    def total_steps(self) -> int:
+        return self.horizon.total
+
+    def started(self, stage: str, base: str) -> dict[str, Any]:
+        """What the journal tells when the stage begins, on the base of this fingerprint; `steps` are those planned."""
+        skipped = [list(sample) for sample in self.data.skipped]
+        return {"stage": stage, "steps": self.horizon.ends[0], "base": base, "skipped": skipped}
 
 
-def prepare_inputs(resolved: Resolved, date: str, note: Callable[[str], None]) -> dict[str, StageInputs]:
-    """Look at every row of every stage before anything trains. InputError names the rows that cannot be used."""
-    return {stage.plan.name: _prepare(resolved, stage, date, note) for stage in resolved.stages}
+def prepare_inputs(
+    resolved: Resolved, date: str, note: Callable[[str], None], lock: Lock | None = None
+) -> dict[str, StageInputs]:
+    """Look at every row of every stage before anything trains. InputError names the rows that cannot be used.
+
+    `lock`: the run's, where there is one; it tells what was extended, and which files are not what they were.
+    """
+    try:
+        return {
+            stage.plan.name: _prepare(resolved, stage, date, note, extensions_of(lock, stage.plan.name))
+            for stage in resolved.stages
+        }
+    except InputError as error:
+        odd = _changed_files(lock, resolved.loaded.path.parent) if lock else []
+        if not odd:
+            raise
+        hint = f"not what the run was begun with: {', '.join(odd)}"
+        raise InputError(error.message, where=error.where, hint=hint) from None
 
 
-def _prepare(resolved: Resolved, stage: ResolvedStage, date: str, note: Callable[[str], None]) -> StageInputs:
+def _changed_files(lock: Lock, directory: Path) -> list[str]:
+    paths = {name: directory / Path(name).expanduser() for name in lock.files}
+    return [name for name, path in paths.items() if not path.is_file() or cached_digest(path) != lock.files[name]]
+
+
+def _prepare(
+    resolved: Resolved,
+    stage: ResolvedStage,
+    date: str,
+    note: Callable[[str], None],
+    extensions: Sequence[Extension],
+) -> StageInputs:
     from onward.data.encode import load_encoder
     from onward.data.order import Epochs
     from onward.data.prepare import prepare
@@ -46,14 +87,38 @@ def _prepare(resolved: Resolved, stage: ResolvedStage, date: str, note: Callable
     if stage.evaluation:
         evaluation = prepare(stage.evaluation, encoder, on_bad_sample=plan.on_bad_sample, progress=note)
     steps = plan.steps or Epochs(data.samples_per_epoch, plan.batch_size).steps_per_epoch * (plan.epochs or 0)
-    return StageInputs(encoder, data, evaluation, steps)
+    return StageInputs(encoder, data, evaluation, horizon(plan.schedule, steps, extensions))
 
 
-def fingerprints(resolved: Resolved, inputs: Mapping[str, StageInputs]) -> dict[str, Any]:
-    """Content digests of everything that the plan names: what `bitwise` and `state-exact` rest on."""
-    return {
-        **fingerprint_model(resolved.model.path, resolved.model.files),
+@dataclass(frozen=True)
+class Content:
+    """What everything that the plan names holds: `fingerprints`, on which `bitwise` and `state-exact` rest, and the
+    digests of the files behind them by the path that the plan names (`files`).
+    """
+
+    fingerprints: dict[str, Any]
+    files: dict[str, str]
+
+    @classmethod
+    def of(cls, lock: Lock) -> Content:
+        return cls(lock.fingerprints, lock.files)
+
+
+def content_of(resolved: Resolved, inputs: Mapping[str, StageInputs]) -> Content:
+    """Every byte is read, once; images count by name and size."""
+    model, plan = resolved.model.path, resolved.loaded.plan
+    named = plan.model if model == resolved.loaded.resolve(plan.model) else str(model)
+    files = {f"{named}/{name}": cached_digest(model / name) for name in resolved.model.files}
+    files |= {f"{named}/{path.relative_to(model)}": cached_digest(path) for path in sidecars(model)}
+    for stage in plan.stages:
+        ready = inputs[stage.name]
+        for sources, data in ((stage.data, ready.data), (stage.evaluate and stage.evaluate.data, ready.evaluation)):
+            if sources and data:
+                files |= {s.path: rows.file.digest for s, rows in zip(sources, data.sources, strict=True)}
+    fingerprints = {
+        **fingerprint_model(model, resolved.model.files),
         "data": {name: stage.data.fingerprint for name, stage in inputs.items()},
         "encoding": {name: stage.encoder.fingerprint for name, stage in inputs.items()},
         "evaluation": {name: stage.evaluation.fingerprint for name, stage in inputs.items() if stage.evaluation},
     }
+    return Content(fingerprints, files)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from onward.files import append_jsonl
+from onward.files import append_jsonl, read_lines, whole_lines
 
 VOLATILE = ("attempt", "time")  # what a metrics row says of the machine and not of the training
+KEY = re.compile(rb'\{"attempt":(\d+),.*"stage":"([^"]+)","step":(\d+)')  # in a row as it is written: keys are sorted
 
 
 def now() -> str:
@@ -22,8 +24,51 @@ def write_event(journal: Path, event: str, **details: Any) -> None:
 
 
 def attempts(events: Iterable[Mapping[str, Any]]) -> int:
-    """How often the run was started or continued."""
-    return sum(event["event"] in ("started", "continued") for event in events)
+    """How often the run was started or continued: the number of its last attempt."""
+    return max((event["attempt"] for event in events if event["event"] in ("started", "continued")), default=0)
+
+
+def read_metrics(metrics: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl. Those of altered lines are left out: each start of the run and `verify` name them."""
+    return read_lines(metrics)[0]
+
+
+class Row(NamedTuple):
+    """A row of metrics.jsonl, of which only that is read which tells it from others; `line` is all of it, as JSON."""
+
+    attempt: int
+    stage: str
+    step: int
+    line: bytes
+
+
+def metrics_rows(metrics: Path) -> Iterator[tuple[int, Row | None]]:
+    """Every line of metrics.jsonl by its number, None where it does not count. Cheap: there may be a million."""
+    for number, line in whole_lines(metrics):
+        found = KEY.match(line) if line is not None else None
+        yield number, Row(int(found[1]), found[2].decode(), int(found[3]), found.string) if found else None
+
+
+def is_finished(events: Iterable[Mapping[str, Any]]) -> bool:
+    """Did the run come to its end, and was no stage extended since?"""
+    ends = [event["event"] for event in events if event["event"] in ("finished", "extended")]
+    return ends[-1:] == ["finished"]
+
+
+def ended_early(events: Iterable[Mapping[str, Any]], stage: str) -> int | None:
+    """The step at which early stopping ended the stage, if it did."""
+    steps = [event["step"] for event in events if event["event"] == "ended_early" and event["stage"] == stage]
+    return steps[-1] if steps else None
+
+
+def newest_rows(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
+    """(stage, step) → the row of its last attempt, as it is."""
+    newest: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in rows:
+        key = (row["stage"], row["step"])
+        if key not in newest or row["attempt"] >= newest[key]["attempt"]:
+            newest[key] = row
+    return newest
 
 
 def canonical_metrics(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
@@ -31,9 +76,7 @@ def canonical_metrics(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, int], d
 
     A stage's step 0 holds the evaluation at its start.
     """
-    newest: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in rows:
-        key = (row["stage"], row["step"])
-        if key not in newest or row["attempt"] >= newest[key]["attempt"]:
-            newest[key] = row
-    return {key: {name: value for name, value in row.items() if name not in VOLATILE} for key, row in newest.items()}
+    return {
+        key: {name: value for name, value in row.items() if name not in VOLATILE}
+        for key, row in newest_rows(rows).items()
+    }

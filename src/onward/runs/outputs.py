@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ from onward.checkpoint.verify import verify_directory
 from onward.errors import DamageError
 from onward.files import canonical_json, digest_bytes, read_json
 from onward.model.selection import PEFT_PREFIX
+from onward.plan.lock import Lock
+from onward.runs.directory import START, RunDirectory
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +37,46 @@ def base_name(base: Path, adapter: Path, run: Path) -> str:
     """How an adapter names its base: a base inside the run relative to the adapter, so that the run can be moved."""
     base, adapter, run = base.resolve(), adapter.resolve(), run.resolve()
     return os.path.relpath(base, adapter) if base.is_relative_to(run) else str(base)
+
+
+def start_of(run: RunDirectory, lock: Lock, names: Sequence[str], number: int, model: Path) -> Start:
+    """Where stage `number` (from 0) of a run begins: what the stages before it handed on, over the newest merged base.
+
+    `model` is the plan's. DamageError unless every byte of what is used verifies.
+    """
+    prints = lock.fingerprints
+    base, base_print, adapters, adapters_print = model, _digest_of(prints["weights"], prints["config"]), None, ""
+    for index, name in enumerate(names[: number + 1]):
+        if name in lock.starts:
+            base, base_print, adapters, adapters_print = run.start(names, name), lock.starts[name], None, ""
+        if index == number:
+            break
+        output = run.output(names, name)
+        manifest = _sound(output, read_manifest)
+        if (output / ADAPTER_CONFIG).exists() and not (output / "config.json").exists():
+            adapters, adapters_print = output, content_fingerprint(manifest)
+        else:
+            base, base_print, adapters, adapters_print = output, content_fingerprint(manifest), None, ""
+    for used in (base, adapters):
+        if used and used != model:
+            _sound(used, verified_output)
+    if base.name == START and content_fingerprint(read_manifest(base)) != base_print:
+        raise DamageError("is not the model that the lock names as the stage's start", where=str(base))
+    return Start(base, _digest_of(base_print, adapters_print), adapters)
+
+
+def _digest_of(*prints: str) -> str:
+    return digest_bytes(canonical_json(prints))
+
+
+def _sound(directory: Path, read: Callable[[Path], Manifest]) -> Manifest:
+    try:
+        return read(directory)
+    except DamageError as error:
+        hint = f"delete {directory}: the same command makes it again, from the last checkpoint of its stage"
+        if directory.name == START:
+            hint = "bring it back, or fork again: the stage began from it"
+        raise DamageError(error.message, where=error.where, hint=hint) from None
 
 
 def content_fingerprint(manifest: Manifest) -> str:

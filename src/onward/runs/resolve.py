@@ -40,8 +40,8 @@ class Resolved:
         return tuple(stage.plan.name for stage in self.stages)
 
 
-def resolve(loaded: LoadedPlan) -> Resolved:
-    """Find the model, its parameters, the data.
+def resolve(loaded: LoadedPlan, starts: Collection[str] = ()) -> Resolved:
+    """Find the model, its parameters, the data. `starts`: stages that a fork gave a model of their own to begin from.
 
     One PlanError with every mistake; InputError or DamageError for the model.
     """
@@ -52,6 +52,8 @@ def resolve(loaded: LoadedPlan) -> Resolved:
     carried_full: set[str] = set()
     for number, stage in enumerate(loaded.plan.stages):
         where = {key: loaded.where("stages", number, "train", key) for key in stage.train}
+        if stage.name in starts:
+            carried, carried_full = {}, set()
         try:
             selection = select_from(model, stage, where)
             _fits_what_is_carried(selection, carried, where)

@@ -65,8 +65,13 @@ class Session:
         return {
             event["attempt"]
             for event in self.events()
-            if event["event"] in ("started", "continued") and event["conditions"] == self.conditions
+            if event["event"] in ("forked", "started", "continued") and event["conditions"] == self.conditions
         }
+
+    def is_comparable(self, stage: str, step: int) -> bool:
+        """Was the checkpoint of this step written under the same conditions, so far as the journal tells?"""
+        wrote = [e for e in self.events() if (e["event"], e.get("stage"), e.get("step")) == ("committed", stage, step)]
+        return not wrote or wrote[-1]["attempt"] in self.comparable_attempts()
 
     def stop_if_asked(self) -> None:
         """Interrupted when a signal has come: between the parts of the walk, where everything is saved."""

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onward.checkpoint.background import Background
 from onward.checkpoint.read import Checkpoint, newest_verified
-from onward.checkpoint.retention import retire
-from onward.checkpoint.save import Adapter, Snapshot, save_checkpoint
 from onward.errors import DamageError, Refused, TrainingError
-from onward.files import append_jsonl, read_jsonl
 from onward.plan.schema import Stage
-from onward.runs.directory import checkpoint_name
-from onward.runs.journal import canonical_metrics, write_event
-from onward.runs.outputs import Start, base_name, carried_from
+from onward.runs.journal import write_event
+from onward.runs.outputs import Start, carried_from
+from onward.runs.replay import recorder
 from onward.runs.resolve import select_from
+from onward.runs.saves import PROBE_SAMPLES, best_steps, report_failure, retire_superseded, save
 
 if TYPE_CHECKING:
     from onward.engine.single import Single
     from onward.runs.inputs import StageInputs
     from onward.runs.session import Session
     from onward.train.loop import Training
-
-PROBE_SAMPLES = 2
-PROBE_SHARE = 100  # samples trained for each sample probed, at least: a forward pass is a third of a step's work
 
 
 @dataclass
@@ -41,6 +35,12 @@ class LiveStage:
     engine: Single
     checkpoints: Path
     micro_batch_size: int
+    saves: Background
+
+    def ends_early(self) -> bool:
+        """Have too many evaluations brought nothing better?"""
+        early = self.plan.early_stopping
+        return early is not None and self.training.progress.not_improved >= early.patience
 
     def probe_batch(self) -> Mapping[str, Any]:
         """The probe: the first rows of the stage's data, as one batch."""
@@ -54,20 +54,19 @@ class LiveStage:
         from onward.model.probe import probe_loss
 
         loss = probe_loss(self.training.trainable.model, self.probe_batch(), self.engine.autocast())
-        factor = self.training.horizon.factor(self.training.progress.step + 1)
+        factor = self.training.horizon.following(self.training.progress.step)
         rates = {group.name: group.learning_rate * factor for group in self.training.trainable.selection.groups}
         return {"loss": loss, "next_learning_rates": rates}
 
 
-def set_up(session: Session, number: int, start: Start) -> LiveStage:
-    """Load the stage's base, make it ready to learn, put the newest verified checkpoint in place if there is one."""
+def set_up(session: Session, number: int, start: Start, checkpoint: Checkpoint | None) -> LiveStage:
+    """Load the stage's base, make it ready to learn, put its newest verified checkpoint in place if there is one."""
     from onward.engine.single import Single
     from onward.model.load import linear_weights, load_model
     from onward.model.trainable import make_trainable
     from onward.train.loop import Training
     from onward.train.optimizer import make_optimizer
     from onward.train.progress import Progress
-    from onward.train.schedule import horizon
 
     stage, plan = session.resolved.stages[number].plan, session.resolved.loaded.plan
     loaded = load_model(start.base, precision=stage.precision, device=str(session.device))
@@ -80,44 +79,48 @@ def set_up(session: Session, number: int, start: Start) -> LiveStage:
         seed=plan.seed,
         trainable=trainable,
         optimizer=make_optimizer(stage.optimizer, selection.groups, trainable.parameters),
-        horizon=horizon(stage.schedule, inputs.total_steps),
+        horizon=inputs.horizon,
         max_grad_norm=stage.max_grad_norm,
         progress=Progress(),
     )
     live = LiveStage(
         stage, start, inputs, training, Single(trainable.model, precision=stage.precision),
         session.directory.checkpoints(session.resolved.names, stage.name), session.micro_batch_size(stage.name),
+        Background(),
     )  # fmt: skip
-    checkpoint = _newest(session, live)
     if checkpoint is not None:
         put_in_place(live, checkpoint)
         _check_probe(session, live)
-        _retire(session, live)  # a crash may have come between a commit and this
+        retire_superseded(session, live)  # a crash may have come between a commit and this
     return live
 
 
-def _newest(session: Session, live: LiveStage) -> Checkpoint | None:
-    """The newest verified checkpoint. Refused when some were committed and none verifies: never in silence from 0."""
-    committed = [e["step"] for e in session.events() if e["event"] == "committed" and e["stage"] == live.plan.name]
-    checkpoint, damages = newest_verified(live.checkpoints, session.lock.run_id, live.plan.name)
+def newest(session: Session, number: int, start: Start) -> Checkpoint | None:
+    """A stage's newest verified checkpoint. Refused when some were committed and none verifies: never in silence from
+    step 0.
+    """
+    stage = session.resolved.names[number]
+    checkpoints = session.directory.checkpoints(session.resolved.names, stage)
+    committed = [e["step"] for e in session.events() if e["event"] == "committed" and e["stage"] == stage]
+    checkpoint, damages = newest_verified(checkpoints, session.lock.run_id, stage)
     for damage in damages:
         session.view.note(f"not used: {damage.path}: {damage.reason}")
     found = checkpoint.manifest.step if checkpoint else 0
-    if committed and not checkpoint:
+    is_deleted = checkpoints.parents[1].exists() and not checkpoints.parent.exists()  # as the hint says
+    if committed and not checkpoint and not is_deleted:
         raise Refused(
-            f"stage {live.plan.name} had committed step {max(committed)}, and none of its checkpoints verifies",
-            where=str(live.checkpoints),
-            hint=f"bring them back, or delete {live.checkpoints.parent} to train this stage again from its start",
+            f"stage {stage} had committed step {max(committed)}, and none of its checkpoints verifies",
+            where=str(checkpoints),
+            hint=f"bring them back, or delete {checkpoints.parent} to train this stage again from its start",
         )
     if committed and found < max(committed):
-        session.view.note(
-            f"step {max(committed)} was committed and cannot be used: going on from step {found}, the newest verified"
-        )
-    if checkpoint and checkpoint.manifest.base != live.start.fingerprint:
+        place = f"step {found}, the newest verified" if checkpoint else f"the start: {checkpoints.parent} was deleted"
+        session.view.note(f"step {max(committed)} was committed and cannot be used: going on from {place}")
+    if checkpoint and checkpoint.manifest.base != start.fingerprint:
         raise Refused(
             "was trained on another base than the one that is there now",
             where=str(checkpoint.directory),
-            hint=f"base then {checkpoint.manifest.base}, now {live.start.fingerprint}",
+            hint=f"base then {checkpoint.manifest.base}, now {start.fingerprint}",
         )
     return checkpoint
 
@@ -148,7 +151,7 @@ def _check_probe(session: Session, live: LiveStage) -> None:
     same = saved == again
     now = repr(again["loss"]) + ("" if same else ", DIFFERENT")
     session.view.note(f"probe at step {step}: loss {saved['loss']!r} when saved, {now} now")
-    if not same and session.tier == "bitwise":
+    if not same and session.tier == "bitwise" and session.is_comparable(live.plan.name, step):
         write_event(session.directory.journal, "probe_differs", stage=live.plan.name, saved=saved, now=again)
         raise TrainingError(
             f"the probe of step {step} gives {again['loss']!r}, not {saved['loss']!r} as when it was saved",
@@ -164,16 +167,20 @@ def train_stage(session: Session, live: LiveStage) -> int:
     from onward.data.batches import step_batches
     from onward.train.loop import Duties, train
 
-    stage, training, total = live.plan, live.training, live.inputs.total_steps
+    stage, training, ends = live.plan, live.training, live.inputs.horizon.ends
     keep = session.resolved.loaded.plan.checkpoint
     evaluate = stage.evaluate
-    record = _recorder(session, live)
+    record = recorder(session, stage.name, training.progress.step)
+
+    def record_and_report(row: dict[str, Any]) -> None:
+        record(row)
+        report_failure(session, live)
 
     def evaluation(step: int) -> dict[str, float]:
         return _evaluate(session, live)
 
     def evaluate_at(step: int) -> bool:
-        return evaluate is not None and (step == total or (evaluate.every is not None and step % evaluate.every == 0))
+        return evaluate is not None and (step in ends or (evaluate.every is not None and step % evaluate.every == 0))
 
     if evaluate is not None and training.progress.step == 0:
         record({"stage": stage.name, "step": 0, "evaluation": evaluation(0)})
@@ -185,16 +192,16 @@ def train_stage(session: Session, live: LiveStage) -> int:
         seed=training.seed,
         stage=stage.name,
         first_step=training.progress.step + 1,
-        last_step=total,
+        last_step=ends[-1],
         workers=stage.workers,
     )
     duties = Duties(
         evaluate=evaluation,
         evaluate_at=evaluate_at,
         save=lambda: save(session, live),
-        save_at=lambda step: step == total or step % keep.every == 0,
-        record=record,
-        stopping=session.stopping,
+        save_at=lambda step: step in ends or step % keep.every == 0 or step in best_steps(session, live),
+        record=record_and_report,
+        stopping=lambda: session.stopping() or live.ends_early(),
     )
     try:
         return train(training, live.engine, batches, duties)
@@ -209,11 +216,26 @@ def train_stage(session: Session, live: LiveStage) -> int:
             raise
         hint = "run the same command again; with workers=0 rows are read in this process"
         raise TrainingError(f"a data-loader worker died: {error}", hint=hint) from None
+    finally:
+        live.saves.wait()
+        report_failure(session, live)
+
+
+def _count_improvement(live: LiveStage, metric: str, value: float) -> None:
+    """Early stopping, as transformers counts: better than the best before, and by more than the threshold."""
+    from onward.evaluate.measure import better
+
+    progress, early = live.training.progress, live.plan.early_stopping
+    if early is None:
+        return
+    best = progress.best[0]["value"] if progress.best else None
+    improves = best is None or (better(metric, value, best) and abs(value - best) > early.threshold)
+    progress.not_improved = 0 if improves else progress.not_improved + 1
 
 
 def _evaluate(session: Session, live: LiveStage) -> dict[str, float]:
-    """Measure the live model; remember which step was best by the first metric."""
-    from onward.evaluate.measure import better, measure
+    """Measure the live model; remember which steps were best by the first metric."""
+    from onward.evaluate.measure import best_of, measure
 
     plan = live.plan.evaluate
     assert plan is not None and live.inputs.evaluation is not None
@@ -228,102 +250,11 @@ def _evaluate(session: Session, live: LiveStage) -> dict[str, float]:
         autocast=live.engine.autocast(),
     )
     progress, metric = live.training.progress, plan.metrics[0]
-    if progress.step and (progress.best is None or better(metric, values[metric], progress.best["value"])):
-        progress.best = {"metric": metric, "value": values[metric], "step": progress.step}
+    if progress.step:
+        _count_improvement(live, metric, values[metric])
+        now = {"metric": metric, "value": values[metric], "step": progress.step}
+        kept = session.resolved.loaded.plan.checkpoint.keep.best
+        progress.best = best_of([*progress.best, now], metric, max(1, kept))
     shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
     session.view.note(f"stage {live.plan.name}, step {progress.step}: held-out {shown}")
     return values
-
-
-def _recorder(session: Session, live: LiveStage) -> Callable[[dict[str, Any]], None]:
-    """Append each row, after comparing a replayed step with the row that an earlier attempt wrote for it."""
-    step = live.training.progress.step
-    comparable = session.comparable_attempts()
-    earlier = canonical_metrics(
-        row
-        for row in read_jsonl(session.directory.metrics)
-        if row["stage"] == live.plan.name and row["step"] > step and row["attempt"] in comparable
-    )
-
-    def record(row: dict[str, Any]) -> None:
-        row["attempt"] = session.attempt
-        before = earlier.get((row["stage"], row["step"]))
-        if before is not None and session.tier == "bitwise":
-            _compare_replay(session, before, next(iter(canonical_metrics([row]).values())))
-        append_jsonl(session.directory.metrics, [row])
-        if row["step"]:  # step 0 is the evaluation at the start
-            session.view.step(row)
-
-    return record
-
-
-def _compare_replay(session: Session, before: dict[str, Any], again: dict[str, Any]) -> None:
-    """A step that is trained again must give the row that it gave. Evaluations count where both rows have one."""
-    both = set(before) & set(again) | (set(before) ^ set(again)) - {"evaluation"}
-    if odd := sorted(name for name in both if before.get(name) != again.get(name)):
-        write_event(session.directory.journal, "replay_differs", before=before, again=again)
-        raise TrainingError(
-            f"step {again['step']} of stage {again['stage']} was trained before, and now differs in {', '.join(odd)}",
-            where=str(session.directory.metrics),
-            hint=f"before: {_only(before, odd)}\n  now:    {_only(again, odd)}\n"
-            "  something here is not deterministic; the last checkpoint is untouched",
-        )
-
-
-def _only(row: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    return {name: row.get(name) for name in names}
-
-
-def save(session: Session, live: LiveStage) -> None:
-    """Commit a checkpoint of the live stage, then retire those that it supersedes."""
-    from onward.model.adapters import lora_config
-    from onward.train.optimizer import optimizer_state
-
-    training, stage = live.training, live.plan
-    progress, trainable = training.progress, training.trainable
-    progress.probe = live.probe() if _has_probe(session, live) else None
-    lora = {name: p for name, p in trainable.parameters.items() if ".lora_" in name}
-    directory = live.checkpoints / checkpoint_name(progress.step)
-    layers = trainable.selection.lora
-    config = lora_config(layers, base_name(live.start.base, directory, session.directory.path)) if layers else None
-    snapshot = Snapshot(
-        run_id=session.lock.run_id,
-        stage=stage.name,
-        step=progress.step,
-        samples_seen=progress.samples,
-        base=live.start.fingerprint,
-        names=session.names(),
-        weights={name: p.detach() for name, p in trainable.parameters.items() if name not in lora},
-        adapter=Adapter(config, {name: p.detach() for name, p in lora.items()}) if config else None,
-        optimizer=optimizer_state(training.optimizer, trainable.parameters),
-        optimizer_name=stage.optimizer.name,
-        progress=progress.to_json(),
-        environment=session.lock.environment,
-    )
-    if session.directory.metrics.exists():  # a checkpoint never speaks of steps whose rows a power cut could take back
-        with session.directory.metrics.open("rb") as file:
-            os.fsync(file.fileno())
-    manifest = save_checkpoint(snapshot, directory)
-    write_event(session.directory.journal, "committed", attempt=session.attempt, stage=stage.name, step=manifest.step)
-    _retire(session, live)
-
-
-def _has_probe(session: Session, live: LiveStage) -> bool:
-    """Does the checkpoint of this step carry a probe? By the step alone: where saves are frequent, only some do."""
-    every, step = session.resolved.loaded.plan.checkpoint.every, live.training.progress.step
-    apart = math.ceil(PROBE_SHARE * PROBE_SAMPLES / (every * live.plan.batch_size))
-    return step == live.inputs.total_steps or step % every != 0 or step // every % apart == 0
-
-
-def _retire(session: Session, live: LiveStage) -> None:
-    """Delete the checkpoints that newer ones supersede, and what crashed saves have left."""
-    keep, best = session.resolved.loaded.plan.checkpoint.keep, live.training.progress.best
-    is_kept = keep.best or live.plan.output.from_ == "best"
-    retire(
-        live.checkpoints,
-        session.lock.run_id,
-        keep_last=keep.last,
-        keep_every=keep.every,
-        best_steps=[best["step"]] if best and is_kept else [],
-        stage=live.plan.name,
-    )

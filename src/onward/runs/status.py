@@ -10,10 +10,13 @@ from typing import Any
 from onward.checkpoint.read import list_checkpoints
 from onward.errors import PlanError
 from onward.files import read_jsonl
-from onward.plan.lock import locked_plan, read_lock
+from onward.plan.changes import change_text
+from onward.plan.lock import Lock, extensions_of, locked_plan, read_lock
+from onward.runs.begin import progress_of
 from onward.runs.directory import RunDirectory
 from onward.runs.hold import holder
-from onward.runs.journal import canonical_metrics
+from onward.runs.journal import canonical_metrics, ended_early, is_finished, read_metrics
+from onward.runs.pin import pins
 
 RECENT = 20  # steps over which speed is averaged
 
@@ -26,9 +29,12 @@ class StageStatus:
     state: str
     step: int
     steps: int | None
+    extended: int
+    ended_early: bool
     loss: float | None
     evaluation: dict[str, float] | None
     checkpoints: tuple[int, ...]
+    pinned: tuple[int, ...]
     output: str | None
     logit_difference: float | None
 
@@ -49,6 +55,7 @@ class RunStatus:
     tokens_per_second: float | None
     eta_seconds: float | None
     amendments: tuple[dict[str, Any], ...]
+    forked_from: dict[str, Any] | None
     events: tuple[dict[str, Any], ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -60,14 +67,20 @@ class RunStatus:
         for number, stage in enumerate(self.stages, start=1):
             total = f"/{stage.steps}" if stage.steps else ""
             facts = [f"step {stage.step}{total}"] if stage.step else []
+            facts += [f"extended by {stage.extended} steps"] if stage.extended else []
+            facts += ["ended early"] if stage.ended_early else []
             facts += [f"loss {stage.loss:.4f}"] if stage.loss is not None else []
             facts += [f"{name} {value:.4f}" for name, value in (stage.evaluation or {}).items()]
-            facts += [f"checkpoints {', '.join(map(str, stage.checkpoints))}"] if stage.checkpoints else []
+            steps = [f"{step} (pinned)" if step in stage.pinned else str(step) for step in stage.checkpoints]
+            facts += [f"checkpoints {', '.join(steps)}"] if steps else []
             facts += [f"output {stage.output}"] if stage.output else []
             yield f"  {number} {stage.name}: {'; '.join([stage.state, *facts])}"
         if self.seconds_per_step and self.tokens_per_second is not None:
             left = f", {self.eta_seconds:,.0f} s left in this stage" if self.eta_seconds else ""
             yield f"  {self.seconds_per_step:.3g} s a step, {self.tokens_per_second:,.0f} tokens/s{left}"
+        if fork := self.forked_from:
+            yield f"  forked from {fork['run']}@{fork['stage']}/{fork['step']} (run {fork['run_id']})"
+            yield from (f"    {change_text(**change)}" for change in fork["changes"])
         for change in self.amendments:
             yield f"  amended at attempt {change['attempt']}: {change['key']}: {change['before']} → {change['after']}"
 
@@ -82,14 +95,14 @@ def status(path: Path) -> RunStatus:
     lock = read_lock(run.lock)
     plan = locked_plan(lock)
     events = read_jsonl(run.journal)
-    metrics = read_jsonl(run.metrics)
+    metrics = read_metrics(run.metrics)
     rows = canonical_metrics(metrics)
     raw = [row for row in metrics if row["step"]]
     held = holder(run.hold)
     names = [stage.name for stage in plan.stages]
-    stages = tuple(_stage(run, names, name, events, rows) for name in names)
+    stages = tuple(_stage(run, lock, name, events, rows) for name in names)
     starts = [event for event in events if event["event"] in ("started", "continued")]
-    finished = any(event["event"] == "finished" for event in events)
+    finished = is_finished(events)
     seconds, tokens, eta = _speed(raw, stages)
     return RunStatus(
         run=str(path),
@@ -104,32 +117,40 @@ def status(path: Path) -> RunStatus:
         tokens_per_second=tokens,
         eta_seconds=eta if held else None,
         amendments=tuple(amendment.model_dump(mode="json") for amendment in lock.amendments),
+        forked_from=lock.forked_from.model_dump(mode="json") if lock.forked_from else None,
         events=tuple(events),
     )
 
 
 def _stage(
     run: RunDirectory,
-    names: list[str],
+    lock: Lock,
     name: str,
     events: list[dict[str, Any]],
     rows: dict[tuple[str, int], dict[str, Any]],
 ) -> StageStatus:
+    names = [stage["name"] for stage in lock.plan["stages"]]
+    extended = sum(extension.steps for extension in extensions_of(lock, name))
     mine = {step: row for (stage, step), row in rows.items() if stage == name}
     began = next((event for event in events if event["event"] == "stage_started" and event["stage"] == name), None)
-    handed = next((event for event in reversed(events) if event["event"] == "output" and event["stage"] == name), None)
-    steps = began["steps"] if began else None
+    outputs = [event for event in events if event["event"] == "output" and event["stage"] == name]
+    handed = outputs[-1] if outputs and name in progress_of(events)[1] else None
+    steps = began["steps"] + extended if began else None
     step = max(mine, default=0)
-    state = "done" if handed else "waiting" if not began else "trained" if step == steps else "training"
+    early = ended_early(events, name)
+    state = "done" if handed else "waiting" if not began else "trained" if step in (steps, early) else "training"
     evaluations = [mine[at]["evaluation"] for at in sorted(mine) if "evaluation" in mine[at]]
     return StageStatus(
         name=name,
         state=state,
         step=step,
         steps=steps,
+        extended=extended,
+        ended_early=early is not None,
         loss=mine[step].get("loss") if mine else None,
         evaluation=evaluations[-1] if evaluations else None,
         checkpoints=tuple(manifest.step for _, manifest in list_checkpoints(run.checkpoints(names, name))),
+        pinned=tuple(sorted(pins(events, name))),
         output=str(run.output(names, name)) if handed else None,
         logit_difference=handed.get("logit_difference") if handed else None,
     )

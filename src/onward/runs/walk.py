@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from onward.checkpoint.manifest import read_manifest
-from onward.errors import DamageError, PlanError, Refused
-from onward.files import canonical_json, digest_bytes
+from onward.checkpoint.read import Checkpoint
+from onward.checkpoint.removal import belongs_to, discard
+from onward.errors import PlanError, Refused
 from onward.plan.load import LoadedPlan
-from onward.plan.lock import Lock
-from onward.runs.begin import begin, conditions, go_on, judge_changes, new_lock, open_lock
+from onward.plan.lock import Lock, extensions_of
+from onward.runs.account import account
+from onward.runs.begin import begin, conditions, go_on, judge_changes, new_lock, open_lock, record
 from onward.runs.directory import RunDirectory
 from onward.runs.environment import environment, set_switches
 from onward.runs.hold import hold
-from onward.runs.inputs import fingerprints, prepare_inputs
-from onward.runs.journal import write_event
-from onward.runs.outputs import Start, content_fingerprint, verified_output
+from onward.runs.inputs import Content, content_of, prepare_inputs
+from onward.runs.journal import ended_early, write_event
+from onward.runs.journal import is_finished as told_finished
+from onward.runs.outputs import Start, start_of
 from onward.runs.resolve import Resolved, resolve
 from onward.runs.session import Session, View
 from onward.runs.signals import listening
@@ -58,9 +61,9 @@ def run_plan(
     PlanError, InputError or Refused before anything is written; Interrupted (saved) on a signal. `command` is what the
     user typed, for messages.
     """
-    resolved = resolve(loaded)
-    if until is not None and until not in resolved.names:
-        raise PlanError(f"no stage is called {until}; there are {', '.join(resolved.names)}", where="--until")
+    names = [stage.name for stage in loaded.plan.stages]
+    if until is not None and until not in names:
+        raise PlanError(f"no stage is called {until}; there are {', '.join(names)}", where="--until")
     run = RunDirectory(directory)
     with ExitStack() as stack:
         stopping = stack.enter_context(listening())
@@ -68,17 +71,20 @@ def run_plan(
         if exists:
             stack.enter_context(hold(run.hold, view.note))
         lock = open_lock(run) if exists else None
+        resolved = resolve(loaded, lock.starts if lock else ())
+        told = account(run, lock) if lock else None
         surroundings = environment(loaded.plan)
-        if lock:  # what the plan alone tells is refused before anything expensive is done
-            judge_changes(run, lock, loaded.plan, surroundings, lock.fingerprints, accept, command)
+        if lock and told:  # what the plan alone tells is refused before anything expensive is done
+            before = Content.of(lock)
+            judge_changes(run, lock, told.history(), loaded.plan, surroundings, before, accept, command)
         today = lock.date if lock else date.today().isoformat()
         device = set_switches(loaded.plan)
-        inputs = prepare_inputs(resolved, today, view.note)
-        content = fingerprints(resolved, inputs)
-        measured = _micro_batches(resolved, lock)
-        if lock:
-            judgement = judge_changes(run, lock, loaded.plan, surroundings, content, accept, command)
-            beginning = go_on(run, loaded, lock, judgement, surroundings, content, measured)
+        inputs = prepare_inputs(resolved, today, view.note, lock)
+        content = content_of(resolved, inputs)
+        measured = micro_batches(resolved, lock)
+        if lock and told:
+            judgement = judge_changes(run, lock, told.history(), loaded.plan, surroundings, content, accept, command)
+            beginning = go_on(run, loaded, lock, judgement, told, surroundings, content, measured)
         else:
             stack.enter_context(hold(run.hold, view.note))
             if run.state() == "run":
@@ -88,7 +94,6 @@ def run_plan(
                     hint="run the same command again",
                 )
             beginning = begin(run, loaded, new_lock(loaded, content, surroundings, measured, today))
-        view.note(f"attempt {beginning.attempt}, promise: {beginning.tier} ({'; '.join(beginning.reasons)})")
         session = Session(
             run,
             resolved,
@@ -101,27 +106,65 @@ def run_plan(
             stopping,
             device,
         )
-        return _walk(session, until, list(beginning.reasons))
+        place = _place(session)
+        if lock and told:  # nothing was written until here: what is damaged or refused leaves the run as it was
+            for problem in told.problems:
+                view.note(f"{problem.path}: {problem.reason}; training goes on: no checkpoint needs it")
+            record(run, lock, beginning)
+        view.note(f"attempt {beginning.attempt}, promise: {beginning.tier} ({'; '.join(beginning.reasons)})")
+        return _walk(session, place, until, list(beginning.reasons))
 
 
-def _walk(session: Session, until: str | None, reasons: list[str]) -> RunResult:
+@dataclass(frozen=True)
+class Place:
+    """Where a run goes on: the first stage without an output (by number), its start and newest checkpoint, verified."""
+
+    number: int
+    start: Start
+    checkpoint: Checkpoint | None
+
+
+def _place(session: Session) -> Place:
+    from onward.runs.stage import newest
+
+    names = session.resolved.names
+    number = next((i for i, name in enumerate(names) if not _is_done(session, name)), len(names))
+    start = _start(session, number)
+    return Place(number, start, newest(session, number, start) if number < len(names) else None)
+
+
+def _is_done(session: Session, name: str) -> bool:
+    """Has the stage handed on what it trained? An output from before an extension is not that."""
+    output = session.directory.output(session.resolved.names, name)
+    total = ended_early(session.events(), name) or session.inputs[name].total_steps
+    if not output.exists() or not extensions_of(session.lock, name):
+        return output.exists()
+    return read_manifest(output).step == total or any(
+        (e["event"], e.get("stage"), e.get("step")) == ("committed", name, total) for e in session.events()
+    )
+
+
+def _start(session: Session, number: int) -> Start:
+    return start_of(session.directory, session.lock, session.resolved.names, number, session.resolved.model.path)
+
+
+def _walk(session: Session, place: Place, until: str | None, reasons: list[str]) -> RunResult:
     """Stage after stage: one that has handed on its output is done, any other is trained to its end and hands on."""
     names = session.resolved.names
     told: list[dict[str, Any]] = []
     for number, name in enumerate(names):
         output, trained = session.directory.output(names, name), 0
-        if output.exists():
-            _tell_output(session, name, output)
-        else:
+        if not _is_done(session, name):
             session.stop_if_asked()
-            trained = _stage(session, number, _start(session, number))
+            place = place if number == place.number else _place(session)
+            trained = _stage(session, place)
         steps = session.inputs[name].total_steps
         told.append({"stage": name, "steps": steps, "steps_trained": trained, "output": str(output)})
         if name == until:
             break
-    final = _start(session, len(told))
+    final = place.start if place.number == len(told) else _start(session, len(told))
     is_finished = len(told) == len(names)
-    if is_finished and not session.told("finished"):
+    if is_finished and not told_finished(session.events()):
         write_event(session.directory.journal, "finished", attempt=session.attempt)
     total = sum(int(stage["steps_trained"]) for stage in told)
     word = "finished" if is_finished else f"stage {until} is done"
@@ -130,56 +173,30 @@ def _walk(session: Session, until: str | None, reasons: list[str]) -> RunResult:
     return RunResult(status, total, session.tier, reasons, told, str(session.directory.path))
 
 
-def _tell_output(session: Session, stage: str, output: Path) -> None:
-    """Write the journal line of an output that a crash came behind."""
-    if not session.told("output", stage):
-        step = read_manifest(output).step
-        form = session.resolved.loaded.plan.stages[session.resolved.names.index(stage)].output.form
-        write_event(session.directory.journal, "output", attempt=session.attempt, stage=stage, step=step, form=form)
-
-
-def _start(session: Session, number: int) -> Start:
-    """Where stage `number` begins: what the stages before it handed on, verified, over the newest merged base."""
-    names, model = session.resolved.names, session.resolved.model.path
-    base, base_print, adapters, adapters_print = model, _model_fingerprint(session), None, ""
-    for name in names[:number]:
-        output = session.directory.output(names, name)
-        is_last = name == names[number - 1]
-        try:
-            manifest = verified_output(output) if is_last else read_manifest(output)
-        except DamageError as error:
-            raise DamageError(
-                error.message,
-                where=error.where,
-                hint=f"delete {output}: the same command makes it again, from the last checkpoint of stage {name}",
-            ) from None
-        if (output / "adapter_config.json").exists() and not (output / "config.json").exists():
-            adapters, adapters_print = output, content_fingerprint(manifest)
-        else:
-            base, base_print, adapters, adapters_print = output, content_fingerprint(manifest), None, ""
-    return Start(base, digest_bytes(canonical_json([base_print, adapters_print])), adapters)
-
-
-def _model_fingerprint(session: Session) -> str:
-    """The identity of the plan's model, as the lock holds it."""
-    prints = session.lock.fingerprints
-    return digest_bytes(canonical_json([prints["weights"], prints["config"]]))
-
-
-def _stage(session: Session, number: int, start: Start) -> int:
+def _stage(session: Session, place: Place) -> int:
     from onward.runs.handon import hand_on, result_of
     from onward.runs.stage import set_up, train_stage
 
+    number, start = place.number, place.start
     name = session.resolved.names[number]
     steps = session.inputs[name].total_steps
     if not session.told("stage_started", name):
-        left_out = [list(sample) for sample in session.inputs[name].data.skipped]
-        event = {"stage": name, "steps": steps, "base": start.fingerprint, "skipped": left_out}
+        event = session.inputs[name].started(name, start.fingerprint)
         write_event(session.directory.journal, "stage_started", attempt=session.attempt, **event)
-    live = set_up(session, number, start)
+    output = session.directory.output(session.resolved.names, name)
+    if belongs_to(output, session.lock.run_id):  # of before an extension; gone before its last step can be told
+        discard(output)
+    live = set_up(session, number, start, place.checkpoint)
     done = live.training.progress.step
     session.view.stage(name, number + 1, len(session.resolved.names), steps, done)
-    trained = train_stage(session, live) if done < steps else 0
+    session.stop_if_asked()
+    trained = train_stage(session, live) if done < steps and not live.ends_early() else 0
+    if (step := live.training.progress.step) < steps and live.ends_early():
+        told = f"stage {name} ends at step {step} of {steps}: the last evaluations brought nothing better"
+        session.view.note(told)
+        if ended_early(session.events(), name) != step:
+            event = {"stage": name, "step": step}
+            write_event(session.directory.journal, "ended_early", attempt=session.attempt, **event)
     session.stop_if_asked()
     result = result_of(session, live)
     del live  # its memory is needed to reopen what is handed on
@@ -188,7 +205,7 @@ def _stage(session: Session, number: int, start: Start) -> int:
     return trained
 
 
-def _micro_batches(resolved: Resolved, lock: Lock | None) -> dict[str, dict[str, int]]:
+def micro_batches(resolved: Resolved, lock: Lock | None) -> dict[str, dict[str, int]]:
     """Micro-batch size of each stage: the plan's, or for `auto` what was found once and locked."""
     sizes = {}
     for stage in resolved.stages:

@@ -12,9 +12,10 @@ from onward.errors import DamageError
 class Progress:
     """Counters and decisions of one stage. `step` alone is the position in the data (see docs/architecture.md).
 
-    `zero_gradient`: group → steps in a row without a gradient; `best`: {"metric", "value", "step"} of the evaluation
-    that was best so far; `loss_sum` over `targets` is the mean training loss; `probe`: {"loss", "next_learning_rates"}
-    of the fixed samples at this very step, where the checkpoint carries one.
+    `zero_gradient`: group → steps in a row without a gradient; `best`: the best evaluations so far as {"metric",
+    "value", "step"}, the best first, as many as are kept; `loss_sum` over `targets` is the mean training loss;
+    `probe`: {"loss", "next_learning_rates"} of the fixed samples at this very step, where the checkpoint carries one;
+    `not_improved`: evaluations in a row without a better value, for early stopping.
     """
 
     step: int = 0
@@ -23,8 +24,9 @@ class Progress:
     targets: int = 0
     loss_sum: float = 0.0
     zero_gradient: dict[str, int] = field(default_factory=dict)
-    best: dict[str, Any] | None = None
+    best: list[dict[str, Any]] = field(default_factory=list)
     probe: dict[str, Any] | None = None
+    not_improved: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -38,7 +38,11 @@ def model_shards(model: Path) -> list[Shard]:
             hint="save the model with save_pretrained(…, safe_serialization=True)",
         )
     weight_map = _weight_map(index)
-    shards = [Shard(model / name, *read_header(model / name)) for name in sorted(set(weight_map.values()))]
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if not (model / name).exists():
+            raise DamageError(f"missing, though {INDEX} names it", where=str(model / name))
+    shards = [Shard(model / name, *read_header(model / name)) for name in names]
     held = {name: shard.path.name for shard in shards for name in shard.entries}
     if sum(len(shard.entries) for shard in shards) != len(held):
         raise DamageError("the shards hold a tensor twice", where=str(model))

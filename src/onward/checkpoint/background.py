@@ -1,0 +1,95 @@
+"""Saves behind the training, which waits for a copy in memory alone: a thread digests, writes, fsyncs and commits."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from onward.checkpoint.save import Adapter, Snapshot, snapshot_bytes
+from onward.errors import OnwardError
+
+if TYPE_CHECKING:
+    import torch
+
+Name = TypeVar("Name", bound="str | tuple[str, str]")
+SPARE = 1 << 28  # bytes of memory that a copy must leave free
+
+
+class Background:
+    """One save at a time in a thread of its own, from a copy whose memory the next save uses again.
+
+    A save that fails costs that save and nothing else: `failure` tells the step and why, once.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._failure: tuple[int, Exception] | None = None
+        self._buffers: dict[tuple[str, str | tuple[str, str]], torch.Tensor] = {}
+
+    def has_room(self, snapshot: Snapshot) -> bool:
+        """Is there memory for a copy of the snapshot?"""
+        return bool(self._buffers) or snapshot_bytes(snapshot) + SPARE < available_memory()
+
+    def start(self, snapshot: Snapshot, work: Callable[[Snapshot], None]) -> None:
+        """Copy the snapshot, then `work` on the copy behind. Waits first for a save that is still in flight."""
+        self.wait()
+        copy = self._copy(snapshot)
+
+        def run() -> None:
+            try:
+                work(copy)
+            except Exception as error:
+                self._failure = (snapshot.step, error)
+
+        self._thread = threading.Thread(target=run, name=f"save of step {snapshot.step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when no save is in flight."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def failure(self) -> tuple[int, Exception] | None:
+        """The step whose save failed since the last call, and why. What is neither the disk's fault nor the user's is
+        raised.
+        """
+        failure, self._failure = self._failure, None
+        if failure is not None and not isinstance(failure[1], (OSError, OnwardError)):
+            raise failure[1]
+        return failure
+
+    def _copy(self, snapshot: Snapshot) -> Snapshot:
+        adapter = snapshot.adapter
+        return replace(
+            snapshot,
+            weights=self._copies("weights", snapshot.weights),
+            adapter=adapter and Adapter(adapter.config, self._copies("adapter", adapter.tensors)),
+            optimizer=self._copies("optimizer", snapshot.optimizer),
+        )
+
+    def _copies(self, part: str, tensors: Mapping[Name, torch.Tensor]) -> dict[Name, torch.Tensor]:
+        import torch
+
+        copies = {}
+        for name, tensor in tensors.items():
+            if (part, name) not in self._buffers:
+                self._buffers[part, name] = torch.empty_like(tensor, device="cpu")
+            copies[name] = self._buffers[part, name].copy_(tensor)
+        return copies
+
+
+def available_memory() -> int:
+    """Bytes that can be had without swapping, in this machine and in the control group that the process is in."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return free if limit == "max" else min(free, int(limit) - int(used))
+    except (OSError, ValueError):
+        return free
