@@ -1,11 +1,12 @@
 """Runs broken on purpose, Hugging Face Trainer's and onward's side by side: `make bench-failures`.
 
-    python bench/failures.py [--only TEXT]
+    python bench/failures.py [--only TEXT | --catalogue]
 
 Each accident happens to a Trainer run and to an onward run of the same tiny Llama (2 layers, dropout, 32 steps,
 gradient accumulation 2, cosine with warm-up) that was killed in the middle of its second epoch. Then it is continued,
 and what comes out is compared bit for bit with the same tool's run that nothing happened to. Writes docs/failures.md;
-with --only, the cases whose titles hold TEXT are printed and nothing is written.
+with --only, the cases whose titles hold TEXT are printed and nothing is written; with --catalogue, nothing is measured
+and only the page's last part, the catalogue, is written anew.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from failures_material import (
     truncate,
     without_one,
 )
-from failures_page import Case, Side, page, table
+from failures_page import Case, Side, page, table, with_catalogue
 
 PAGE = ROOT / "docs" / "failures.md"
 ADAPTER, OPTIMIZER, WEIGHTS = "adapter_model.safetensors", "optimizer-00000.safetensors", "weights-00000.safetensors"
@@ -187,17 +188,21 @@ CASES = (
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--only", default="", metavar="TEXT", help="the cases whose titles hold this; print alone")
-    only = arguments.parse_args().only
+    arguments.add_argument("--catalogue", action="store_true", help="write the catalogue anew, measure nothing")
+    chosen = arguments.parse_args()
+    if chosen.catalogue:
+        PAGE.write_text(with_catalogue(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        return
     with tempfile.TemporaryDirectory() as out:
         place = Path(out).resolve()
         os.environ["ONWARD_CACHE"] = str(place / "cache")
         build(place)
         results = []
-        for number, case in enumerate(case for case in CASES if only in case.title):
+        for number, case in enumerate(case for case in CASES if chosen.only in case.title):
             here = place / "cases" / str(number)
             results.append((case, case.trainer(place, here / "trainer"), case.onward(place, here / "onward")))
             print(*list(table(results[-1:], place))[2:], flush=True)
-        if not only:
+        if not chosen.only:
             PAGE.write_text(page(results, place), encoding="utf-8")
             print(f"written: {PAGE.relative_to(ROOT)}")
 

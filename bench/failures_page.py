@@ -41,7 +41,7 @@ Result = tuple[Case, Outcome, Outcome]
 
 
 def is_silent(case: Case, outcome: Outcome) -> bool:
-    """Exit 0, not what was wanted, and not a word about it."""
+    """Exit 0, other weights or a change that had no effect, and not a word about it."""
     return outcome.status == 0 and not outcome.news and (outcome.exact is False or case.asked)
 
 
@@ -72,8 +72,8 @@ def _error(outcome: Outcome) -> Sequence[str]:
 
 
 def _short(lines: Sequence[str]) -> str:
-    text = " ".join(" ".join(lines).replace("run/stages/1-sft/checkpoints/", "…/").split())
-    text = text.replace("the run cannot go on as it was; nothing was changed. What differs:", "what differs:")
+    text = " ".join("; ".join(lines).replace("run/stages/1-sft/checkpoints/", "…/").split())
+    text = text.replace("the run cannot go on as it was; nothing was changed. What differs:;", "what differs:")
     text = re.sub(r'"sha256:([0-9a-f]{8})[0-9a-f]*(…|")', r"\1…", text)
     return text if len(text) <= CELL else text[: CELL - 1] + "…"
 
@@ -111,26 +111,31 @@ def page(results: Sequence[Result], place: Path) -> str:
         )
     libraries = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, one thread of the CPU, Python {platform.python_version()}"
-    return "\n".join(
+    measured = "\n".join(
         [
             "<!-- Written by bench/failures.py: run it again instead of editing. -->",
             "# How a run is lost, and what onward does",
             *INTRODUCTION.splitlines(),
+            "",
             f"Measured on {date.today().isoformat()}: {machine}, {libraries}.",
             "",
-            f"Of {len(results)} cases, Trainer (or PEFT, or accelerate) ended {silent[0]} with exit 0, not as it was "
-            f"wanted, and without a word; onward {silent[1]}. Bit for bit as if nothing had happened: Trainer "
-            f"{exact[0]}, onward {exact[1]}.",
+            f"Of {len(results)} cases Trainer, PEFT or accelerate ended {silent[0]} *silently*, onward {silent[1]}.",
+            f"Bit for bit as if nothing had happened: Trainer {exact[0]}, onward {exact[1]}.",
             "",
             *table(results, place),
             "",
             "## What onward said",
             *(line for case, _, ours in results if case.quoted for line in _quoted(case, ours)),
             *AGAIN.splitlines(),
-            *catalogue_lines(),
-            "",
         ]
     )
+    return with_catalogue(measured)
+
+
+def with_catalogue(text: str) -> str:
+    """The page with the catalogue as its last part, in the place of an older one."""
+    lines = catalogue_lines()
+    return text.partition("\n".join(lines[:2]))[0].rstrip("\n") + "\n" + "\n".join([*lines, ""])
 
 
 def _quoted(case: Case, outcome: Outcome) -> list[str]:
@@ -145,9 +150,9 @@ killed (SIGKILL) after step 22. Then the run was continued: Trainer by `train(re
 the command that had started it.
 
 *exact*: the last weights are, bit for bit, those of the same tool's run that nothing happened to. Where somebody
-changed a setting on purpose, the same bits mean that the change was ignored. *silently*: exit 0, not what was wanted,
-and no line of output that an undisturbed continuation does not print as well. Trainer's plain case is exact; what goes
-wrong is what happens when something is missing, damaged or changed.
+changed a setting on purpose, the same bits mean that the change was ignored. *silently*: exit 0, other weights or a
+change that had no effect, and no line of output that an undisturbed continuation does not print as well. Trainer's
+plain case is exact; what goes wrong is what happens when something is missing, damaged or changed.
 """
 AGAIN = """
 ## Run it again

@@ -51,7 +51,7 @@ def sweep(
 def test_killed_at_some_writes(zygote: Zygote, small: Path, recorded: Recorded, tmp_path: Path) -> None:
     """Before what is no write, since most are."""
     points = [at for at, operation in enumerate(recorded.operations, 1) if operation.kind is not Kind.WRITE]
-    assert sweep(zygote, small, None, recorded.run, tmp_path, Mode.BEFORE, sample(points, tries=10)) >= 9
+    assert sweep(zygote, small, None, recorded.run, tmp_path, Mode.BEFORE, sample(points, tries=7)) >= 6
 
 
 @pytest.mark.parametrize(
@@ -74,15 +74,10 @@ def test_killed_at_every_write(zygote: Zygote, small: Path, recorded: Recorded, 
 
 
 @pytest.fixture(scope="module")
-def damaged(zygote: Zygote, small: Path, recorded: Recorded, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def damaged(zygote: Zygote, small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was killed in the save of step 3, and whose checkpoint of step 2 was damaged then."""
     run = tmp_path_factory.mktemp("damaged") / "run"
-    saves = [
-        number
-        for number, operation in enumerate(recorded.operations, start=1)
-        if operation.kind is Kind.MKDIR and "step-000003" in operation.path
-    ]
-    assert zygote.run(small, run, mode=Mode.BEFORE, at=saves[0]).status == KILLED
+    assert zygote.run(small, run, mode=Mode.BEFORE, only=".partial-step-000003", at=1).status == KILLED
     optimizer = run / "stages/1-learn/checkpoints/step-000002/optimizer-00000.safetensors"
     optimizer.write_bytes(optimizer.read_bytes()[:-1])
     return run

@@ -20,7 +20,6 @@ from onward.runs.verify import verify
 
 SEED = 3
 NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-OFTEN = ("mid-accumulation", "a save", "the hand-on")  # in every test run, the others in the whole sweep
 LONGEST = 60  # seconds: what hangs is ended by SIGALRM, and the test fails
 
 
@@ -63,6 +62,11 @@ MOMENTS = {
 }
 
 
+def sampled(*often: str) -> list:
+    """All moments; those that are not named in the whole sweep alone."""
+    return [moment if moment in often else pytest.param(moment, marks=pytest.mark.whole) for moment in MOMENTS]
+
+
 def signals(place: str, call: int, number: int, times: int) -> Callable[[], None]:
     """A patch: before the `call`-th call of `place` the process gets a signal, or several."""
 
@@ -97,7 +101,7 @@ def assert_unharmed(plan: Path, run: Path, reference: Path) -> None:
     assert not list(run.rglob(f"{PARTIAL}*"))
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("moment", sampled("model load", "mid-accumulation", "a save", "the hand-on"))
 def test_a_signal_at_any_moment(small: Path, small_reference: Path, tmp_path: Path, moment: str) -> None:
     """The step that it comes in is the last; where nothing is trained, nothing more is."""
     place, call, last = MOMENTS[moment]
@@ -109,7 +113,7 @@ def test_a_signal_at_any_moment(small: Path, small_reference: Path, tmp_path: Pa
     assert_unharmed(small, run, small_reference)
 
 
-@pytest.mark.parametrize("moment", [m if m in OFTEN else pytest.param(m, marks=pytest.mark.whole) for m in MOMENTS])
+@pytest.mark.parametrize("moment", sampled("a save"))
 def test_a_second_signal_ends_at_once(small: Path, small_reference: Path, tmp_path: Path, moment: str) -> None:
     place, call, _ = MOMENTS[moment]
     run = tmp_path / "run"

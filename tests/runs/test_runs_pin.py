@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ stages:
     data: data.jsonl
     steps: 6
     output: adapters
-checkpoint: {every: 1, keep: {last: 1}}
+checkpoint: {every: 1, asynchronous: false, keep: {last: 1}}
 """
 
 
@@ -112,13 +113,16 @@ def test_a_pin_of_a_checkpoint_that_is_gone_can_be_taken_back(run: Path) -> None
 
 def test_processes_that_append_at_once_leave_every_line_whole(tmp_path: Path) -> None:
     """Lines of many kinds of length, also longer than what one write takes from a buffer."""
-    journal, rows = tmp_path / "journal.jsonl", 60
+    journal, rows = tmp_path / "journal.jsonl", 150
+    together = time.monotonic() + 0.2
     children = []
     for process in range(3):
         if (child := os.fork()) == 0:
             try:
+                while time.monotonic() < together:
+                    pass
                 for row in range(rows):
-                    append_jsonl(journal, [{"process": process, "row": row, "text": "x" * (row * 977 % 30_000)}])
+                    append_jsonl(journal, [{"process": process, "row": row, "text": "x" * (row * 9_777 % 300_000)}])
             finally:
                 os._exit(0)
         children.append(child)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -131,7 +132,8 @@ def eval_batches(data: StageData, encoder: Encoder, batch_size: int, limit: int 
 
     Each batch is one micro-batch. Errors as in `step_batches`.
     """
-    draws = [Draw(i, row, 0) for i, source in enumerate(data.sources) for row in range(len(source.used))][:limit]
+    every = (Draw(i, row, 0) for i, source in enumerate(data.sources) for row in range(len(source.used)))
+    draws = list(islice(every, limit))
     for position in range(0, len(draws), batch_size):
         samples, skipped = _samples(data, encoder, draws[position : position + batch_size], None)
         yield _batch(position // batch_size + 1, 0, position, samples, skipped, batch_size, encoder.pad_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -54,6 +55,7 @@ def run_until_killed(asked: Asked, log: Path, told: Path) -> None:
     """Start the run, and say it all in `log`; `told` gets JSON lines: the step at which each stage is gone into, as
     {"began_at": step}, and the error that ends the run, as {"error": text}.
     """
+    multiprocessing.set_start_method(None, force=True)  # data-loader workers begin as they do in any other start
     with log.open("wb") as said:
         os.dup2(said.fileno(), 1)
         os.dup2(said.fileno(), 2)

@@ -146,15 +146,23 @@ def prove(plan: Path, overrides: Sequence[str], *, steps: int, keep: Path | None
             if stopping():
                 raise Interrupted("stopped before anything was proven")
             start = _start(restarts, _asked(loaded, words, killed, kill), place, number)
-            if done:
+            if done and start.began_at is not None:
                 done[-1] = _followed(done[-1], start, killed)
                 note(f"killed in stage {done[-1]}: went on from step {done[-1].went_on_from}, {done[-1].tier}")
             if failure := start.failure(kill):
                 break
             done += [kill] if kill else []
-        proof = _judged(loaded, whole, killed, failure)
-    seconds = time.monotonic() - began
-    return replace(proof, steps=sum(length.steps for length in lengths), kills=tuple(done), seconds=seconds)
+        tier = "bitwise" if loaded.plan.deterministic else "state-exact"
+        is_proven, compared, differences = (False, [], [failure]) if failure else _compared(whole, killed, tier)
+    return Proof(
+        verdict="proven" if is_proven else "not proven",
+        tier=tier,
+        steps=sum(length.steps for length in lengths),
+        kills=tuple(done),
+        compared=tuple(compared),
+        differences=tuple(differences),
+        seconds=time.monotonic() - began,
+    )
 
 
 def _restarts(loaded: LoadedPlan) -> SpawnContext | ForkServerContext:
@@ -255,17 +263,14 @@ def _followed(kill: Kill, start: _Start, run: RunDirectory) -> Kill:
     return replace(kill, went_on_from=start.began_at, tier=tiers[-1])
 
 
-def _judged(loaded: LoadedPlan, whole: RunDirectory, killed: RunDirectory, failure: str | None) -> Proof:
-    """The verdict over both runs; steps, kills and time are still to be filled in."""
-    tier = "bitwise" if loaded.plan.deterministic else "state-exact"
-    if failure:
-        return Proof("not proven", tier, 0, (), (), (failure,), 0.0)
+def _compared(whole: RunDirectory, killed: RunDirectory, tier: str) -> tuple[bool, list[str], list[str]]:
+    """Does the tier hold between the two runs? And what `diff` says: its lines, and the differences among them."""
     report = diff(whole.path, killed.path)
-    differences = tuple(
+    differences = [
         f"{part.name}: {text}" for part in report.parts if not part.equal for text in part.differences or (part.detail,)
-    )
-    is_proven = report.equal or (tier == "state-exact" and _samples(whole) == _samples(killed))
-    return Proof("proven" if is_proven else "not proven", tier, 0, (), tuple(report.lines())[:-1], differences, 0.0)
+    ]
+    holds = report.equal or (tier == "state-exact" and _samples(whole) == _samples(killed))
+    return holds, list(report.lines())[:-1], differences
 
 
 def _samples(run: RunDirectory) -> dict[tuple[str, int], Any]:
