@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from onward.checkpoint.read import list_checkpoints, newest_verified
-from onward.checkpoint.removal import OWNER
 from onward.checkpoint.retention import retire
 
 RUN = snaps.RUN
@@ -69,21 +68,14 @@ def test_what_the_run_did_not_write_stays(six):
 
 
 def test_unfinished_saves_go_only_where_they_are_provably_the_runs(six):
-    names = {"ours": RUN, "theirs": "run-two", "nameless": None}
-    for name, owner in names.items():
-        partial = six / f".partial-step-000700-{name}"
-        partial.mkdir()
-        (partial / "weights-00000.safetensors").write_bytes(b"half")
-        if owner:
-            (partial / OWNER).write_text(owner)
-    complete = six / ".partial-step-000100-complete"
-    shutil.copytree(snaps.place(six, 100), complete)
+    ours = f".partial-step-000700-{RUN}-0123abcd"
+    others = {".partial-step-000700-run-two-0123abcd", ".partial-step-000700-0123abcd"}
+    for name in (ours, *others):
+        (six / name).mkdir()
+        (six / name / "weights-00000.safetensors").write_bytes(b"half")
     removed = retire(six, RUN, keep_last=6, keep_every=None)
-    assert {path.name for path in removed} == {complete.name, ".partial-step-000700-ours"}
-    assert {path.name for path in six.iterdir() if path.name.startswith(".")} == {
-        ".partial-step-000700-theirs",
-        ".partial-step-000700-nameless",
-    }
+    assert [path.name for path in removed] == [ours]
+    assert {path.name for path in six.iterdir() if path.name.startswith(".")} == others
 
 
 def test_a_save_that_is_killed_leaves_a_partial_that_retire_knows(tmp_path, monkeypatch):
@@ -189,9 +181,7 @@ def put(templates, place, kind, step):
         case "a file":
             (place / f"step-7{step:05d}").write_text("junk")
         case "half of theirs":
-            partial = place / f".partial-{path.name}-0123abcd"
-            partial.mkdir()
-            (partial / OWNER).write_text("run-two")
+            (place / f".partial-{path.name}-run-two-0123abcd").mkdir()
         case _:
             shutil.copytree(templates / f"own-{step}", path)
             if kind == "own, damaged":

@@ -10,6 +10,7 @@ import pytest
 import torch
 from data_helpers import ask, paint, write_rows
 
+from onward.data import batches as batches_module
 from onward.data.batches import collate, digest_samples, eval_batches, step_batches
 from onward.data.encode import load_encoder
 from onward.data.jsonl import JsonlFile
@@ -265,3 +266,12 @@ def test_eval_batches_keep_the_file_order(encoder, tmp_path):
     assert [s for batch in eval_batches(data, encoder, 4, limit=5) for s in batch.sample_ids] == [
         f"d.jsonl:{i}" for i in range(1, 6)
     ]
+
+
+def test_the_first_rows_cost_the_same_of_a_file_of_any_length(encoder, tmp_path, monkeypatch):
+    """The probe of every checkpoint takes two of them."""
+    data, drawn = prepared(tmp_path, encoder), []
+    original = batches_module.Draw
+    monkeypatch.setattr(batches_module, "Draw", lambda *place: drawn.append(place) or original(*place))
+    assert len(list(eval_batches(data, encoder, 2, 2))) == 1
+    assert len(drawn) == 2

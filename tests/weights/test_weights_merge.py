@@ -107,7 +107,7 @@ def test_two_merges_have_the_same_bytes_and_the_report_their_digests(bases, tmp_
     peft_side.adapt(base, tmp_path / "adapter", modules_to_save=["multi_modal_projector"])
     one, other = (peft_side.merged_by_us(tmp_path / "adapter", base, tmp_path / out) for out in ("one", "other"))
     assert one == other
-    written = {path.name: (path.stat().st_size, digest_file(path)) for path in (tmp_path / "one").iterdir()}
+    written = {path.name: (path.stat().st_size, digest_file(path, "xxh3")) for path in (tmp_path / "one").iterdir()}
     assert written == {record.path: (record.size, record.digest) for record in one.files}
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 

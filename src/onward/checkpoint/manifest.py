@@ -7,7 +7,6 @@ the rest, and a file that differs in any byte from what onward writes for its co
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -98,7 +97,7 @@ def _line(value: Any) -> str:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, fsynced. The last file of a directory that is not committed yet."""
+    """Write `manifest.json`: the last file of a directory that is not committed yet."""
     write_file(directory / MANIFEST, render(manifest))
 
 
@@ -150,9 +149,7 @@ def is_inside(path: str) -> bool:
 
 
 def write_file(path: Path, data: bytes) -> FileRecord:
-    """A new file, fsynced, in a directory that is not committed yet."""
+    """A new file in a directory that is not committed yet."""
     with path.open("xb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
     return FileRecord(path.name, len(data), digest_bytes(data, CHECKSUM))

@@ -43,11 +43,11 @@ def retire(
         ):
             kept.add(step)
         elif next(strangers(path, manifest), None) is None:
-            discard(path)
+            discard(path, run_id)
             removed.append(path)
     for path in sorted(checkpoints.glob(f"{PARTIAL}*")):
         if belongs_to(path, run_id):
-            discard(path)
+            discard(path, run_id)
             removed.append(path)
     return removed
 

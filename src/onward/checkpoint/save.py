@@ -18,11 +18,11 @@ from onward.checkpoint.manifest import (
     write_file,
     write_manifest,
 )
-from onward.checkpoint.removal import belongs_to, claim, discard, release, set_aside
+from onward.checkpoint.removal import belongs_to, discard, hide, set_aside
 from onward.checkpoint.tensorfile import FileRecord, spec_of, write_tensors
 from onward.checkpoint.verify import problems_of
 from onward.errors import OnwardError, Refused
-from onward.files import PARTIAL, committed_directory, fsync_directory, require_space
+from onward.files import committed_directory, fsync, require_space
 
 if TYPE_CHECKING:
     import torch
@@ -91,20 +91,13 @@ def save_checkpoint(snapshot: Snapshot, directory: Path) -> Manifest:
             hint="give this run a directory of its own: onward run PLAN --run DIR",
         )
     replacement = directory.with_name(f"{directory.name}-{secrets.token_hex(4)}")
-    new = _commit(snapshot, replacement)
-    if old is not None and old.content() == new.content():
-        discard(replacement)
-        return old
-    _replace(directory, replacement, snapshot.run_id)
-    return new
+    return _settle(directory, replacement, _commit(snapshot, replacement))
 
 
 def _commit(snapshot: Snapshot, directory: Path) -> Manifest:
-    with committed_directory(directory) as partial:
-        claim(partial, snapshot.run_id)
+    with committed_directory(directory, snapshot.run_id) as partial:
         manifest = _write(snapshot, partial)
         write_manifest(partial, manifest)
-        release(partial)
     return manifest
 
 
@@ -116,17 +109,33 @@ def _verified(directory: Path) -> Manifest | None:
     return manifest if next(problems_of(directory, manifest), None) is None else None
 
 
-def _replace(directory: Path, replacement: Path, run_id: str) -> None:
-    """Put `replacement`, which is committed and which readers prefer already, in the place of `directory`.
+def _settle(directory: Path, replacement: Path, new: Manifest) -> Manifest:
+    """Put `replacement`, which is committed and which readers prefer already, in the place of `directory`, unless that
+    verifies and holds the same.
 
     At every moment a reader finds it under one of the two names. What is in its place is deleted if the run wrote it.
     """
-    ours = belongs_to(directory, run_id)
-    aside = set_aside(directory, PARTIAL if ours else DAMAGED)
+    old, run_id = _verified(directory), new.run_id
+    if old is not None and old.content() == new.content():
+        discard(replacement, run_id)
+        return old
+    aside = None
+    if os.path.lexists(directory):
+        aside = hide(directory, run_id) if belongs_to(directory, run_id) else set_aside(directory, DAMAGED)
     replacement.rename(directory)
-    fsync_directory(directory.parent)
-    if ours:
-        discard(aside)
+    fsync(directory.parent)
+    if aside and belongs_to(aside, run_id):
+        discard(aside, run_id)
+    return new
+
+
+def finish_replacements(checkpoints: Path, run_id: str) -> None:
+    """Bring to its end what a crash cut short: committed replacements of the run take the places that they are for."""
+    for replacement in sorted(checkpoints.glob("step-*-????????")):
+        directory = replacement.with_name(replacement.name.rpartition("-")[0])
+        new = _verified(replacement)
+        if new is not None and belongs_to(replacement, run_id):
+            _settle(directory, replacement, new)
 
 
 def _write(snapshot: Snapshot, partial: Path) -> Manifest:

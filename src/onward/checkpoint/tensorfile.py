@@ -151,7 +151,7 @@ class TensorFileWriter:
     ...         writer.write(spec.name, tensor)
 
     Tensors come in the order of `specs`, in the dtype and shape announced; anything else is a ValueError, as is an end
-    before the last one. The file is fsynced when the block ends well.
+    before the last one.
     """
 
     def __init__(self, path: Path, specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
@@ -213,11 +213,8 @@ class TensorFileWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._file:
-            if kind is None:
-                if self._next != len(self._specs):
-                    raise ValueError(f"{self.path}: {len(self._specs) - self._next} tensors were never written")
-                self._file.flush()
-                os.fsync(self._file.fileno())
+            if kind is None and self._next != len(self._specs):
+                raise ValueError(f"{self.path}: {len(self._specs) - self._next} tensors were never written")
         if kind is None:
             self.record = FileRecord(self.path.name, self._size, self._hasher.digest())
 
@@ -225,7 +222,7 @@ class TensorFileWriter:
 def write_tensors(
     path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> FileRecord:
-    """Write a safetensors file of `tensors`, in sorted order (so that equal tensors give equal bytes), fsynced."""
+    """Write a safetensors file of `tensors`, in sorted order (so that equal tensors give equal bytes)."""
     specs = [spec_of(name, tensors[name]) for name in sorted(tensors)]
     with TensorFileWriter(path, specs, metadata) as writer:
         for spec in specs:

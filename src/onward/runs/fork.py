@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from onward.checkpoint.manifest import MANIFEST, write_file
-from onward.checkpoint.removal import belongs_to, claim, discard, release
+from onward.checkpoint.removal import belongs_to, discard
 from onward.errors import PlanError, Refused
 from onward.files import PARTIAL, committed_directory, digest_file, read_jsonl
 from onward.plan.changes import (
@@ -93,8 +93,7 @@ def fork(
     starts = {name for name in source.begun if name in lock.starts} | ({source.stage} if weights_only else set())
     resolve(loaded, starts)  # its mistakes, at the places where the user wrote them
     _clear(new, lock.run_id)
-    with committed_directory(new) as partial:
-        claim(partial, lock.run_id)
+    with committed_directory(new, lock.run_id) as partial:
         target = RunDirectory(partial)
         write_file(target.plan, _text(loaded, new, source))
         moved = load_plan(target.plan)
@@ -112,7 +111,6 @@ def fork(
         begun = begun.model_copy(update={"forked_from": forked, "extensions": extensions})
         begun = take_over(source, target, begun, inputs, resolved.model.path)
         write_lock(target.lock, begun)
-    release(new)
     command = shlex.join(["onward", "run", str(new / target.plan.name), "--run", str(new)])
     shown = tuple(change_text(change.key, change.before, change.after) for change in forked.changes)
     return ForkReport(str(new), begun.run_id, forked.model_dump(mode="json"), shown, _kept(forked, changes), command)
@@ -250,6 +248,6 @@ def _kept(forked: Fork, changes: Sequence[Change]) -> str:
 
 def _clear(new: Path, run_id: str) -> None:
     """Delete what a crash left of a fork of the same run to the same place."""
-    for path in new.parent.glob(f"{PARTIAL}{new.name}-????????"):
+    for path in new.parent.glob(f"{PARTIAL}{new.name}-*"):
         if belongs_to(path, run_id):
-            discard(path)
+            discard(path, run_id)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from onward.checkpoint.manifest import Manifest, write_file, write_manifest
 from onward.checkpoint.read import open_checkpoint
-from onward.checkpoint.removal import belongs_to, claim, discard, release
+from onward.checkpoint.removal import belongs_to, discard
 from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS, Adapter
 from onward.checkpoint.tensorfile import write_tensors
 from onward.errors import TrainingError
@@ -91,8 +91,7 @@ def hand_on(session: Session, result: Result) -> None:
     size = merge_bytes(result.start.base) if is_merged else sum(tensor.nbytes for tensor in tensors)
     require_space(output, size, f"the output of stage {stage.name}")
     _clear(output.parent, session.lock.run_id)
-    with committed_directory(output) as partial:
-        claim(partial, session.lock.run_id)
+    with committed_directory(output, session.lock.run_id) as partial:
         agreement = {}
         if is_merged:
             opened = open_model_directory(result.start.base)
@@ -120,7 +119,6 @@ def hand_on(session: Session, result: Result) -> None:
             environment=session.lock.environment,
         )
         write_manifest(partial, manifest)
-        release(partial)
     event = {"stage": stage.name, "step": result.step, "form": stage.output.form, **agreement}
     write_event(session.directory.journal, "output", attempt=session.attempt, **event)
 
@@ -129,7 +127,7 @@ def _clear(stage: Path, run_id: str) -> None:
     """Delete what a crash left of an output that this run was writing."""
     for path in stage.glob(f"{PARTIAL}*"):
         if belongs_to(path, run_id):
-            discard(path)
+            discard(path, run_id)
 
 
 def _agreement(session: Session, result: Result, model: Path, share: float) -> dict[str, float]:

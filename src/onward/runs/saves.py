@@ -49,9 +49,8 @@ def save(session: Session, live: LiveStage) -> None:
     elif live.saves.has_room(snapshot):
         live.saves.start(snapshot, commit)
     else:
-        session.view.note(
-            f"{what} is written at once: memory does not hold a copy of {snapshot_bytes(snapshot):,} bytes"
-        )
+        needed = snapshot_bytes(snapshot)
+        session.view.note(f"{what} is written while training waits: memory does not hold a copy of {needed:,} bytes")
         commit(snapshot)
 
 

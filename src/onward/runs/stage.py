@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from onward.checkpoint.background import Background
 from onward.checkpoint.read import Checkpoint, newest_verified
+from onward.checkpoint.save import finish_replacements
 from onward.errors import DamageError, Refused, TrainingError
 from onward.plan.schema import Stage
 from onward.runs.journal import write_event
@@ -91,7 +92,8 @@ def set_up(session: Session, number: int, start: Start, checkpoint: Checkpoint |
     if checkpoint is not None:
         put_in_place(live, checkpoint)
         _check_probe(session, live)
-        retire_superseded(session, live)  # a crash may have come between a commit and this
+        finish_replacements(live.checkpoints, session.lock.run_id)  # a crash may have come before this
+        retire_superseded(session, live)
     return live
 
 
@@ -211,11 +213,6 @@ def train_stage(session: Session, live: LiveStage) -> int:
             f"out of memory with {live.micro_batch_size} samples at once: {str(error).splitlines()[0]}",
             hint=f"run again with stages.{stage.name}.micro_batch_size={smaller}: what a step means stays the same",
         ) from None
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        hint = "run the same command again; with workers=0 rows are read in this process"
-        raise TrainingError(f"a data-loader worker died: {error}", hint=hint) from None
     finally:
         live.saves.wait()
         report_failure(session, live)

@@ -130,8 +130,6 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
     except FileNotFoundError:
         raise DamageError("missing", where=str(source)) from None
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def _merge(checkpoint: Checkpoint, start: Start, target: Path, run_id: str) -> Manifest:

@@ -185,7 +185,7 @@ def _stage(session: Session, place: Place) -> int:
         write_event(session.directory.journal, "stage_started", attempt=session.attempt, **event)
     output = session.directory.output(session.resolved.names, name)
     if belongs_to(output, session.lock.run_id):  # of before an extension; gone before its last step can be told
-        discard(output)
+        discard(output, session.lock.run_id)
     live = set_up(session, number, start, place.checkpoint)
     done = live.training.progress.step
     session.view.stage(name, number + 1, len(session.resolved.names), steps, done)

@@ -66,7 +66,7 @@ def merge(
     to_canonical: Callable[[str], str],
 ) -> MergeReport:
     """Write into `out`, an existing directory that is not committed yet, the model that `base` and what was trained
-    make up: same shards, same names, and every file beside them that a complete model needs, all fsynced.
+    make up: same shards, same names, and every file beside them that a complete model needs.
 
     `full` holds the parameters trained in full by canonical name; `to_canonical` gives the canonical name of a tensor
     of the base's files. Every tensor of `adapter` and `full` is used exactly once: one that has no place, another shape

@@ -36,7 +36,7 @@ def _belongs(path: Path) -> bool:
 
 
 def copy_sidecars(model: Path, out: Path) -> list[FileRecord]:
-    """Copy them into `out`, fsynced, byte for byte."""
+    """Copy them into `out`, byte for byte."""
     records = []
     for path in sidecars(model):
         name = path.relative_to(model)
