@@ -133,7 +133,7 @@ def eval_batches(data: StageData, encoder: Encoder, batch_size: int, limit: int 
     Each batch is one micro-batch. Errors as in `step_batches`.
     """
     every = (Draw(i, row, 0) for i, source in enumerate(data.sources) for row in range(len(source.used)))
-    draws = list(every)[:limit]
+    draws = list(islice(every, limit))
     for position in range(0, len(draws), batch_size):
         samples, skipped = _samples(data, encoder, draws[position : position + batch_size], None)
         yield _batch(position // batch_size + 1, 0, position, samples, skipped, batch_size, encoder.pad_id)
