@@ -53,7 +53,7 @@ def test_losses_rates_norms_and_weights_are_trainer_s(place: Path, monkeypatch: 
     from onward.data.encode import load_encoder
     from onward.data.prepare import ResolvedSource, prepare
     from onward.files import read_jsonl
-    from onward.train.schedule import Horizon
+    from onward.train.schedule import Horizon, Segment
     from onward.weights.compare import compare_tensors
 
     onward.run(place / "plan.yaml", directory=place / "run")
@@ -110,7 +110,8 @@ def test_losses_rates_norms_and_weights_are_trainer_s(place: Path, monkeypatch: 
 
     # and the weights after Trainer's four steps are those of an onward run that stops there
     (place / "four.yaml").write_text(PLAN.replace("epochs: 2", "epochs: 1"))
-    monkeypatch.setattr("onward.train.schedule.horizon", lambda schedule, total: Horizon("cosine", 8, 2))
+    longer = Horizon((Segment("cosine", 8, 2),), (4,))
+    monkeypatch.setattr("onward.runs.inputs.horizon", lambda schedule, planned, extensions: longer)
     onward.run(place / "four.yaml", directory=place / "four")
     model.save_pretrained(place / "theirs")
     comparison = compare_tensors(place / "four/stages/1-only/output", place / "theirs")
