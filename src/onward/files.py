@@ -12,9 +12,11 @@ import os
 import secrets
 import shlex
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +54,21 @@ def digest_bytes(data: bytes, algorithm: str = "sha256") -> str:
 
 
 def digest_file(path: Path, algorithm: str = "sha256") -> str:
-    """The digest of a file: while a chunk is digested, the next one is read."""
-    hasher = Hasher(algorithm)
-    now, other = memoryview(bytearray(CHUNK)), memoryview(bytearray(CHUNK))
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1) as reader:
-        size = file.readinto(now)
-        while size:
-            ahead = reader.submit(file.readinto, other) if size == CHUNK else None
-            hasher.update(now[:size])
-            size = ahead.result() if ahead else file.readinto(other)
-            now, other = other, now
-    return hasher.digest()
+    """The digest of a file: while a chunk is digested, the next two are read."""
+    hasher, buffers = Hasher(algorithm), [memoryview(bytearray(CHUNK)) for _ in range(3)]
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(2) as readers:
+
+        def read(number: int) -> int:
+            return os.preadv(file.fileno(), [buffers[number % 3]], number * CHUNK)
+
+        ahead = deque(readers.submit(read, number) for number in range(2))
+        for number in count():
+            size = ahead.popleft().result()
+            ahead.append(readers.submit(read, number + 2))
+            hasher.update(buffers[number % 3][:size])
+            if size < CHUNK:
+                return hasher.digest()
+    raise AssertionError
 
 
 def canonical_json(value: Any) -> bytes:

@@ -186,6 +186,24 @@ def test_images_are_part_of_the_data(llava_model, tmp_path, measured):
         prepare([source(path)], encoder, on_bad_sample="stop")
 
 
+def test_images_of_the_same_size_differ_by_their_bytes_where_the_source_says_so(llava_model, tmp_path):
+    encoder = load_encoder(llava_model, **OPTIONS)
+    row = ask([{"type": "image", "path": "red.png"}, {"type": "text", "text": "?"}], "Red.")
+    path, image = write_rows(tmp_path / "d.jsonl", [row]), tmp_path / "red.png"
+
+    def fingerprints():
+        kinds = ("listing", "full")
+        return [prepare([source(path, fingerprint=kind)], encoder, on_bad_sample="stop").fingerprint for kind in kinds]
+
+    paint(image, "red")
+    listing, full = fingerprints()
+    assert listing != full
+    assert fingerprints() == [listing, full]
+    image.write_bytes(image.read_bytes()[:-1] + b"!")  # the last byte of a PNG's checksum of its end
+    assert fingerprints()[0] == listing
+    assert fingerprints()[1] != full
+
+
 def test_progress(encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_module, "REPORT_EVERY", 0.0)
     lines = []

@@ -288,5 +288,14 @@ def test_every_key_that_breaks_has_its_cost_in_a_fork():
     assert all(
         (price == "optimizer") == (".train." in key or key.endswith("optimizer.name")) for key, price in costs.items()
     )
-    place = {"batch_size", "data", "data.*.repeat", "data.*.augment", "max_length", "overlong", "loss_on"}
+    place = {
+        "batch_size",
+        "data",
+        "data.*.repeat",
+        "data.*.augment",
+        "data.*.fingerprint",
+        "max_length",
+        "overlong",
+        "loss_on",
+    }
     assert {key for key, price in costs.items() if price == "place"} == {f"stages.*.{key}" for key in place}

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from onward.cache import remembered
+from onward.cache import cached_digest, remembered
 from onward.data.augment import find_augment
 from onward.data.encode import Encoder
 from onward.data.jsonl import JsonlFile
@@ -39,11 +39,14 @@ SHARED, MOST_WORKERS = 4096, 16
 
 @dataclass(frozen=True)
 class ResolvedSource:
-    """A source of the plan, its path resolved. `augment`: "module:function" or None."""
+    """A source of the plan, its path resolved. `augment`: "module:function" or None. `fingerprint`: what counts of its
+    images, names and sizes (`listing`) or bytes (`full`).
+    """
 
     path: Path
     repeat: float = 1.0
     augment: str | None = None
+    fingerprint: Literal["listing", "full"] = "listing"
 
 
 @dataclass(frozen=True)
@@ -148,7 +151,7 @@ def prepare(
         identities.append(
             {
                 "content": file.digest,
-                "media": [[name, size] for name, size, _ in media],
+                "media": [_identity(file.path.parent / name, name, size, source) for name, size, _ in media],
                 "repeat": source.repeat,
                 "rows": digest_bytes(used.astype("<i8").tobytes()),
             }
@@ -201,6 +204,12 @@ def _media(file: JsonlFile, encoder: Encoder) -> list[tuple[str, int, int]]:
         except OSError:
             listing.append((name, -1, -1))
     return listing
+
+
+def _identity(path: Path, name: str, size: int, source: ResolvedSource) -> list[str | int]:
+    """What the data's fingerprint holds of an image: its size, or its bytes."""
+    is_full = source.fingerprint == "full" and size >= 0
+    return [name, cached_digest(path) if is_full else size]
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,9 @@ class Source(Strict):
     augment: str | None = Field(
         None, description="module:function of yours, called with (sample, random.Random), returning the sample"
     )
+    fingerprint: Literal["listing", "full"] = Field(
+        "listing", description="what the lock holds of its images: names and sizes, or every byte"
+    )
 
 
 class Optimizer(Strict):

@@ -121,7 +121,7 @@ def _source(loaded: LoadedPlan, source: Source, key: tuple[str | int, ...]) -> R
     path = loaded.resolve(source.path)
     if not path.is_file():
         raise PlanError(f"no such data file: {path}", where=loaded.where(*key))
-    return ResolvedSource(path, source.repeat, source.augment)
+    return ResolvedSource(path, source.repeat, source.augment, source.fingerprint)
 
 
 def _fits_what_is_carried(selection: Selection, carried: Mapping[str, LoraLayer], where: Mapping[str, str]) -> None:

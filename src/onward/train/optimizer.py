@@ -55,4 +55,4 @@ def restore_optimizer(
         raise DamageError(f"optimizer state of {min(odd)} is incomplete, or nobody's")
     for name in holders:
         device = parameters[name].device
-        optimizer.state[parameters[name]] = {slot: state[name, slot].to(device, copy=True) for slot in slots}
+        optimizer.state[parameters[name]] = {slot: state[name, slot].to(device) for slot in slots}
