@@ -17,6 +17,8 @@ import os
 import platform
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,7 +34,7 @@ from loop import spread
 from safetensors.torch import load_file
 
 from onward.checkpoint.background import Background
-from onward.checkpoint.read import open_checkpoint
+from onward.checkpoint.read import newest_verified
 from onward.checkpoint.save import Snapshot, save_checkpoint
 from onward.checkpoint.tensorfile import tensor_bytes
 from onward.checkpoint.verify import verify_directory
@@ -177,44 +179,49 @@ def saves_table(snapshot: Snapshot, rounds: int, place: Path) -> str:
     return "\n".join(lines)
 
 
+def plain(checkpoints: Path) -> None:
+    """safetensors' own load, every byte read."""
+    files = sorted(checkpoints.glob("*/*.safetensors"))
+    LOADED.extend({name: tensor.clone() for name, tensor in load_file(path).items()} for path in files)
+
+
+def verified(checkpoints: Path) -> None:
+    """onward's load of a checkpoint that is continued."""
+    checkpoint, _ = newest_verified(checkpoints, "bench")
+    assert checkpoint is not None
+    LOADED.extend([dict(checkpoint.weights()), dict(checkpoint.optimizer())])
+
+
+def verify(checkpoints: Path) -> None:
+    assert not verify_directory(checkpoints / "step-000001")
+
+
+LOADED: list[object] = []
+LOADS = {"safetensors, every byte read": plain, "onward, verified": verified, "onward verify": verify}
+
+
+def load_in_a_process(name: str, checkpoints: Path, *, from_disk: bool) -> float:
+    """Seconds of a load in a process of its own, as a start is one: its memory is touched for the first time."""
+    for path in checkpoints.glob("*/*") if from_disk else ():
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    command = [sys.executable, __file__, "--load", name, "--directory", str(checkpoints)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def loads_table(snapshot: Snapshot, rounds: int, place: Path) -> str:
-    """A verified load against safetensors' own that reads every byte, and a verification alone; each with the files in
-    the page cache and without.
-    """
-    out = place / "loaded"
-    save_checkpoint(snapshot, out)
-
-    def forget() -> None:
-        for path in out.iterdir():
-            with path.open("rb") as file:
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def verified() -> None:
-        checkpoint = open_checkpoint(out)
-        dict(checkpoint.weights())
-        dict(checkpoint.optimizer())
-
-    def plain() -> None:
-        for path in sorted(out.glob("*.safetensors")):
-            {name: tensor.clone() for name, tensor in load_file(path).items()}
-
-    contenders = {
-        "safetensors, every byte read": plain,
-        "onward, verified": verified,
-        "onward verify": lambda: verify_directory(out),
-    }
+    """A verified load against safetensors' own, and a verification alone; with the files in the page cache, and not."""
+    save_checkpoint(snapshot, place / "loads/step-000001")
+    readings: dict[tuple[str, bool], list[float]] = {(name, cold): [] for name in LOADS for cold in (True, False)}
+    for _ in range(rounds):
+        for name, cold in readings:
+            readings[name, cold].append(load_in_a_process(name, place / "loads", from_disk=cold))
+    shutil.rmtree(place / "loads")
     lines = [
         "| | from the disk, ms | of the plain load | from memory, ms | of the plain load |",
         "|---|---|---|---|---|",
     ]
-    readings: dict[tuple[str, bool], list[float]] = {(name, cold): [] for name in contenders for cold in (True, False)}
-    for _ in range(rounds):
-        for name, cold in readings:
-            if cold:
-                forget()
-            readings[name, cold].append(both(contenders[name])[0])
-    shutil.rmtree(out)
-    for name in contenders:
+    for name in LOADS:
         cells = []
         for cold in (True, False):
             own, base = readings[name, cold], readings["safetensors, every byte read", cold]
@@ -246,7 +253,11 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--parameters", type=int, default=146_000_000, help="of the full state")
     arguments.add_argument("--directory", type=Path, help="on the disk to measure; default: the current one")
+    arguments.add_argument("--load", help=argparse.SUPPRESS)
     chosen = arguments.parse_args()
+    if chosen.load:
+        print(both(lambda: LOADS[chosen.load](chosen.directory))[0])
+        return
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)

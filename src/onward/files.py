@@ -53,8 +53,8 @@ def digest_bytes(data: bytes, algorithm: str = "sha256") -> str:
     return hasher.digest()
 
 
-def digest_file(path: Path, algorithm: str = "sha256") -> str:
-    """The digest of a file: while a chunk is digested, the next two are read."""
+def digest_file(path: Path, algorithm: str = "sha256", keep: memoryview | None = None) -> str:
+    """The digest of a file: while a chunk is digested, the next two are read. `keep`, of its size, gets all of it."""
     hasher, buffers = Hasher(algorithm), [memoryview(bytearray(CHUNK)) for _ in range(3)]
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(2) as readers:
 
@@ -66,6 +66,8 @@ def digest_file(path: Path, algorithm: str = "sha256") -> str:
             size = ahead.popleft().result()
             ahead.append(readers.submit(read, number + 2))
             hasher.update(buffers[number % 3][:size])
+            if keep is not None:
+                keep[number * CHUNK : number * CHUNK + size] = buffers[number % 3][:size]
             if size < CHUNK:
                 return hasher.digest()
     raise AssertionError

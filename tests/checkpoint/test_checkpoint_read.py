@@ -8,7 +8,7 @@ from checkpoint_sliced import manifest, write_sliced
 
 from onward.checkpoint.manifest import write_file, write_manifest
 from onward.checkpoint.read import list_checkpoints, newest_verified, open_checkpoint
-from onward.checkpoint.tensorfile import write_tensors
+from onward.checkpoint.tensorfile import read_header, tensor_of, write_tensors
 from onward.checkpoint.verify import verify_directory
 from onward.errors import DamageError, InputError, Refused
 
@@ -96,3 +96,36 @@ def test_slices_outside_the_tensor_are_damage(tmp_path):
     write_manifest(directory, replace(written, tensors=(moved, *written.tensors[1:])))
     with pytest.raises(DamageError, match="slices"):
         open_checkpoint(directory)
+
+
+def test_what_is_continued_is_read_once(tmp_path, monkeypatch):
+    snaps.save(tmp_path, 100)
+    monkeypatch.setattr("onward.checkpoint.read.read_tensor", lambda path, entry: pytest.fail(f"{path} read again"))
+    kept, _ = newest_verified(tmp_path, snaps.RUN)
+    tensors = {**kept.weights(), **kept.optimizer(), **kept.adapter().tensors}
+    monkeypatch.undo()
+    kept.release()
+    again = {**kept.weights(), **kept.optimizer(), **kept.adapter().tensors}
+    assert tensors.keys() == again.keys() and len({tensor.dtype for tensor in tensors.values()}) > 1
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, again[name]) and tensor.dtype == again[name].dtype, name
+
+
+def test_without_room_in_memory_nothing_is_kept(tmp_path, monkeypatch):
+    snaps.save(tmp_path, 100)
+    monkeypatch.setattr("onward.checkpoint.memory.available_memory", lambda: 1 << 20)
+    checkpoint, _ = newest_verified(tmp_path, snaps.RUN)
+    assert not checkpoint.kept
+    assert dict(checkpoint.weights())
+
+
+def test_a_tensor_in_memory_that_is_not_aligned_is_moved(tmp_path):
+    import mmap
+
+    tensors = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.arange(5, dtype=torch.float32), "c": torch.ones(0)}
+    write_tensors(tmp_path / "x.safetensors", tensors)
+    data = (tmp_path / "x.safetensors").read_bytes()
+    content = mmap.mmap(-1, len(data))
+    content[:] = data
+    for name, entry in read_header(tmp_path / "x.safetensors")[0].items():
+        assert torch.equal(tensor_of(content, entry), tensors[name])

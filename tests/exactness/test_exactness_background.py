@@ -7,7 +7,7 @@ import time
 import pytest
 from harness import KILLED, Killer, assert_identical, die, start
 
-import onward.checkpoint.background as background
+import onward.checkpoint.memory as memory
 import onward.checkpoint.save as saving
 import onward.runs.saves as saves
 
@@ -130,7 +130,7 @@ def test_a_defect_in_the_thread_is_not_swallowed(place, tmp_path, capfd):
 
 def test_without_memory_for_the_copy_training_waits_and_says_so(place, reference, tmp_path, capfd):
     def patch():
-        background.available_memory = lambda: 1 << 20
+        memory.available_memory = lambda: 1 << 20
 
     assert start(place / "text.yaml", tmp_path / "r", patch=patch) == 0
     told = capfd.readouterr().out

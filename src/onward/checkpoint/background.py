@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from onward.checkpoint.memory import has_room
 from onward.checkpoint.save import Adapter, Snapshot, snapshot_bytes
 from onward.errors import OnwardError
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import torch
 
 Name = TypeVar("Name", bound="str | tuple[str, str]")
-SPARE = 1 << 28  # bytes of memory that a copy must leave free
 
 
 class Background:
@@ -31,7 +30,7 @@ class Background:
 
     def has_room(self, snapshot: Snapshot) -> bool:
         """Is there memory for a copy of the snapshot?"""
-        return bool(self._buffers) or snapshot_bytes(snapshot) + SPARE < available_memory()
+        return bool(self._buffers) or has_room(snapshot_bytes(snapshot))
 
     def start(self, snapshot: Snapshot, work: Callable[[Snapshot], None]) -> None:
         """Copy the snapshot, then `work` on the copy behind. Waits first for a save that is still in flight."""
@@ -80,16 +79,3 @@ class Background:
                 self._buffers[part, name] = torch.empty_like(tensor, device="cpu")
             copies[name] = self._buffers[part, name].copy_(tensor)
         return copies
-
-
-def available_memory() -> int:
-    """Bytes that can be had without swapping, in this machine and in the control group that the process is in."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return free if limit == "max" else min(free, int(limit) - int(used))
-    except (OSError, ValueError):
-        return free

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from mmap import mmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from onward.checkpoint.manifest import MANIFEST, Manifest, TensorRecord, read_manifest
+from onward.checkpoint.memory import has_room
 from onward.checkpoint.save import ADAPTER, ADAPTER_CONFIG, PROGRESS, WEIGHT, Adapter
-from onward.checkpoint.tensorfile import TensorEntry, read_header, read_tensor, torch_dtype
+from onward.checkpoint.tensorfile import TensorEntry, read_header, read_tensor, tensor_of, torch_dtype
 from onward.checkpoint.verify import problems_of
 from onward.errors import DamageError, InputError, OnwardError, Refused
 from onward.files import read_json
@@ -23,13 +25,15 @@ Name = TypeVar("Name", bound="str | tuple[str, str]")
 
 
 class StoredTensors(Mapping[Name, "torch.Tensor"]):
-    """Tensors of a checkpoint by name, each read from disk when it is asked for, into memory of its own.
+    """Tensors of a checkpoint by name, each made when it is asked for, in memory that nothing else uses: from what is
+    `kept` of the files, else from the disk.
 
     Good while the checkpoint's directory is there: `dict(tensors)` keeps them all.
     """
 
-    def __init__(self, directory: Path, records: Mapping[Name, TensorRecord]) -> None:
+    def __init__(self, directory: Path, records: Mapping[Name, TensorRecord], kept: Mapping[str, mmap]) -> None:
         self._directory = directory
+        self._kept = kept
         self._records = records
         self._headers: dict[str, dict[str, TensorEntry]] = {}
 
@@ -50,7 +54,8 @@ class StoredTensors(Mapping[Name, "torch.Tensor"]):
         path = self._directory / file
         if file not in self._headers:
             self._headers[file] = read_header(path)[0]
-        return read_tensor(path, self._headers[file][key])
+        entry = self._headers[file][key]
+        return tensor_of(self._kept[file], entry) if file in self._kept else read_tensor(path, entry)
 
     def __iter__(self) -> Iterator[Name]:
         return iter(self._records)
@@ -61,10 +66,15 @@ class StoredTensors(Mapping[Name, "torch.Tensor"]):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. Its tensors are read when they are asked for."""
+    """A verified checkpoint. Its tensors are made when they are asked for: ask for each once while some are `kept`."""
 
     directory: Path
     manifest: Manifest
+    kept: dict[str, mmap] = field(default_factory=dict)
+
+    def release(self) -> None:
+        """Let go of what is kept in memory."""
+        self.kept.clear()
 
     def weights(self) -> StoredTensors[str]:
         """Parameters trained in full, by canonical name."""
@@ -88,7 +98,7 @@ class Checkpoint:
         return value
 
     def _stored(self, records: Mapping[Name, TensorRecord]) -> StoredTensors[Name]:
-        return StoredTensors(self.directory, records)
+        return StoredTensors(self.directory, records, self.kept)
 
 
 def open_checkpoint(directory: Path, run_id: str | None = None, stage: str | None = None) -> Checkpoint:
@@ -124,6 +134,8 @@ class Damage:
 def newest_verified(checkpoints: Path, run_id: str, stage: str | None = None) -> tuple[Checkpoint | None, list[Damage]]:
     """The newest checkpoint of this run (and stage) that verifies, and what was passed over on the way to it.
 
+    Its tensors are kept in memory, where that has room: a checkpoint that is continued is read once.
+
     What a directory is, its manifest says, not its name. Directories without a manifest are no checkpoints; they are
     reported only where they have a checkpoint's name. Older ones than the one returned are not read.
     """
@@ -134,9 +146,11 @@ def newest_verified(checkpoints: Path, run_id: str, stage: str | None = None) ->
         except OnwardError as error:
             passed.append(Damage(directory, error.message))
             continue
-        problem = next(problems_of(directory, manifest), None)
+        kept: dict[str, mmap] = {}
+        size = sum(record.size for record in manifest.files)
+        problem = next(problems_of(directory, manifest, kept if has_room(size) else None), None)
         if problem is None:
-            return Checkpoint(directory, manifest), passed
+            return Checkpoint(directory, manifest, kept), passed
         passed.append(Damage(problem.path, problem.reason))
     return None, passed
 

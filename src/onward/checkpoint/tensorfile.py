@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -254,6 +255,18 @@ def read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
     except OSError as error:
         raise DamageError(f"cannot be read ({error.strerror})", where=where) from None
     return values
+
+
+def tensor_of(content: mmap, entry: TensorEntry) -> torch.Tensor:
+    """One tensor of a file whose content is in memory: that memory itself, where it is aligned for the type."""
+    import torch
+
+    if not entry.nbytes:
+        return torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
+    values = torch.frombuffer(content, dtype=torch.uint8, count=entry.nbytes, offset=entry.begin)
+    if entry.begin % DTYPE_SIZES[entry.dtype]:
+        values = values.clone()
+    return values.view(torch_dtype(entry.dtype)).reshape(entry.shape)
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

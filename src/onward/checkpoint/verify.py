@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from mmap import mmap
 from pathlib import Path
 
 from onward.checkpoint.manifest import MANIFEST, Manifest, TensorRecord, read_manifest
-from onward.checkpoint.tensorfile import TensorEntry, read_header
+from onward.checkpoint.tensorfile import FileRecord, TensorEntry, read_header
 from onward.errors import DamageError, OnwardError
 from onward.files import digest_file
 
@@ -41,8 +42,11 @@ def strangers(directory: Path, manifest: Manifest) -> Iterator[Path]:
             yield found
 
 
-def problems_of(directory: Path, manifest: Manifest) -> Iterator[Problem]:
-    """What of the manifest's content is missing or altered, found as the files are read, one after the other."""
+def problems_of(directory: Path, manifest: Manifest, keep: dict[str, mmap] | None = None) -> Iterator[Problem]:
+    """What of the manifest's content is missing or altered, found as the files are read, one after the other.
+
+    `keep` gets the content of the safetensors files by path, so that who needs it need not read it once more.
+    """
     damaged = False
     for record in manifest.files:
         path = directory / record.path
@@ -50,7 +54,7 @@ def problems_of(directory: Path, manifest: Manifest) -> Iterator[Problem]:
             size = path.stat().st_size
             if size != record.size:
                 reason = f"has {size:,} bytes, {record.size:,} were written"
-            elif digest_file(path, record.algorithm) != record.digest:
+            elif _digest(path, record, keep) != record.digest:
                 reason = "damaged: its bytes do not have the digest in the manifest"
             else:
                 continue
@@ -64,6 +68,13 @@ def problems_of(directory: Path, manifest: Manifest) -> Iterator[Problem]:
         yield Problem(path, reason)
     if not damaged and manifest.kind == "checkpoint":
         yield from _uncovered(directory, manifest)
+
+
+def _digest(path: Path, record: FileRecord, keep: dict[str, mmap] | None) -> str:
+    if keep is None or not record.size or path.suffix != ".safetensors":
+        return digest_file(path, record.algorithm)
+    keep[record.path] = mmap(-1, record.size)
+    return digest_file(path, record.algorithm, memoryview(keep[record.path]))
 
 
 def _uncovered(directory: Path, manifest: Manifest) -> Iterator[Problem]:

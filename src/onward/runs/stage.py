@@ -91,6 +91,7 @@ def set_up(session: Session, number: int, start: Start, checkpoint: Checkpoint |
     )  # fmt: skip
     if checkpoint is not None:
         put_in_place(live, checkpoint)
+        checkpoint.release()
         _check_probe(session, live)
         finish_replacements(live.checkpoints, session.lock.run_id)  # a crash may have come before this
         retire_superseded(session, live)
