@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo demo-text test test-all bench bench-failures bench-continuing lint clean
+.PHONY: setup demo demo-text test test-all bench bench-checkpoint bench-failures bench-continuing lint clean
 
 setup: $(STAMP)  ## .venv with onward and everything to work on it
 
@@ -30,6 +30,9 @@ test-all: lint  ## lint, then every test: the whole sweeps take their time
 
 bench: setup  ## onward beside a bare PyTorch loop and the Hugging Face Trainer
 	$(BIN)/python bench/loop.py
+
+bench-checkpoint: setup  ## saving and loading beside torch.save, DCP and the disk's own limit
+	$(BIN)/python bench/checkpoint.py
 
 bench-failures: setup  ## runs broken on purpose, Trainer's and onward's; writes docs/failures.md
 	$(BIN)/python bench/failures.py

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from mmap import mmap
 from pathlib import Path
@@ -188,18 +188,8 @@ class TensorFileWriter:
     def copy(self, path: Path, entry: TensorEntry) -> None:
         """Write the next tensor with the bytes that it has in another file, without looking at them."""
         self._expect(TensorSpec(entry.name, entry.dtype, entry.shape))
-        left = entry.end - entry.begin
-        try:
-            with path.open("rb") as source:
-                source.seek(entry.begin)
-                while left:
-                    chunk = source.read(min(left, CHUNK))
-                    if not chunk:
-                        raise DamageError("truncated", where=f"{path}, tensor {entry.name}")
-                    self._put(chunk)
-                    left -= len(chunk)
-        except OSError as error:
-            raise InputError(f"copying tensor {entry.name} failed ({error})", where=str(path)) from None
+        for chunk in _chunks(path, entry):
+            self._put(chunk)
 
     def _expect(self, spec: TensorSpec) -> None:
         expected = self._specs[self._next] if self._next < len(self._specs) else None
@@ -218,6 +208,21 @@ class TensorFileWriter:
                 raise ValueError(f"{self.path}: {len(self._specs) - self._next} tensors were never written")
         if kind is None:
             self.record = FileRecord(self.path.name, self._size, self._hasher.digest())
+
+
+def _chunks(path: Path, entry: TensorEntry) -> Iterator[bytes]:
+    left = entry.end - entry.begin
+    try:
+        with path.open("rb") as source:
+            source.seek(entry.begin)
+            while left:
+                chunk = source.read(min(left, CHUNK))
+                if not chunk:
+                    raise DamageError("truncated", where=f"{path}, tensor {entry.name}")
+                left -= len(chunk)
+                yield chunk
+    except OSError as error:
+        raise InputError(f"reading tensor {entry.name} failed ({error})", where=str(path)) from None
 
 
 def write_tensors(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from onward.errors import InputError, Refused
+from onward.errors import Refused
 from onward.files import make_directories
 
 HEARTBEAT = 10.0  # seconds between signs of life
@@ -32,11 +32,8 @@ def hold(path: Path, note: Callable[[str], None]) -> Iterator[None]:
     """
     if path.resolve() in _HELD:
         _refuse(path, {"host": socket.gethostname(), "process": os.getpid()}, "is running")
-    try:
-        make_directories(path.parent)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise InputError(f"cannot be written ({error.strerror})", where=str(path)) from None
+    make_directories(path.parent)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         mine = {"host": socket.gethostname(), "process": os.getpid()}
         other = _holder(descriptor)
