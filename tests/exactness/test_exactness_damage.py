@@ -155,7 +155,7 @@ def test_a_tensor_altered_with_a_corrected_digest_is_caught_by_the_probe(place: 
     assert in_child(forge) == 0
     assert verify(directory).ok
     assert start(place / "text.yaml", run) == 1
-    assert "the probe of step 2 gives" in capfd.readouterr().err
+    assert "the probe of step 2 gives another loss" in capfd.readouterr().err
     assert any(event["event"] == "probe_differs" for event in read_jsonl(run / "journal.jsonl"))
 
 

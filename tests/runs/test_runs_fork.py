@@ -283,7 +283,6 @@ def points() -> list:
         ("before the checkpoint's manifest", kill_at(takeover, "write_manifest", call=2)),
         ("before the metrics", kill_at(takeover, "append_jsonl")),
         ("before the lock", kill_at(fork_module, "write_lock")),
-        ("after it got its name", kill_at(fork_module, "release")),
     ]
     return [
         *(pytest.param(patch, id=name) for name, patch in sampled),

@@ -151,15 +151,15 @@ def _check_probe(session: Session, live: LiveStage) -> None:
     if saved is None:
         return
     again = live.probe()
-    same = saved == again
-    now = repr(again["loss"]) + ("" if same else ", DIFFERENT")
-    session.view.note(f"probe at step {step}: loss {saved['loss']!r} when saved, {now} now")
-    if not same and session.tier == "bitwise" and session.is_comparable(live.plan.name, step):
+    odd = [name.replace("_", " ") for name in saved if saved[name] != again[name]]
+    differs = f"; DIFFERENT: {' and '.join(odd)}" if odd else ""
+    session.view.note(f"probe at step {step}: loss {saved['loss']!r} when saved, {again['loss']!r} now{differs}")
+    if odd and session.tier == "bitwise" and session.is_comparable(live.plan.name, step):
         write_event(session.directory.journal, "probe_differs", stage=live.plan.name, saved=saved, now=again)
         raise TrainingError(
-            f"the probe of step {step} gives {again['loss']!r}, not {saved['loss']!r} as when it was saved",
+            f"the probe of step {step} gives another {' and '.join(odd)} than when it was saved",
             where=str(live.checkpoints),
-            hint="does something compute differently here? onward verify RUN checks the bytes",
+            hint=f"does something compute differently here? onward verify {session.directory.path} checks the bytes",
         )
 
 
