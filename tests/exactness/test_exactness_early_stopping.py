@@ -37,7 +37,7 @@ def ended_at(losses, patience, threshold):
 
 @pytest.fixture(scope="module")
 def stopped(place):
-    run = place / "stopped"
+    run = place / "ended-early"
     assert start(place / "text.yaml", run, *STOPPING, until="learn") == 0
     return run
 

@@ -57,7 +57,9 @@ def made_by(workers: int, items: Dataset[Item], hint: str) -> Iterator[Item]:
                 raise item
             yield item
     except (RuntimeError, ConnectionError, EOFError) as error:
-        wait([process.sentinel for process in processes], timeout=1)  # its connection may break before it has ended
+        ending = wait([process.sentinel for process in processes], timeout=1)  # its connection may break before it ends,
+        for process in processes:  # and its sentinel too
+            process.join(1 if process.sentinel in ending else 0)
         if not (dead := [process.pid for process in processes if process.exitcode]):
             raise
         raise InputError(f"a data-loader worker is gone: process {dead[0]}", hint=hint) from error
