@@ -57,8 +57,9 @@ def made_by(workers: int, items: Dataset[Item], hint: str) -> Iterator[Item]:
                 raise item
             yield item
     except (RuntimeError, ConnectionError, EOFError) as error:
-        ending = wait([process.sentinel for process in processes], timeout=1)  # its connection may break before it ends,
-        for process in processes:  # and its sentinel too
+        # Its connection may break before it ends, and its sentinel before its exit status is there.
+        ending = wait([process.sentinel for process in processes], timeout=1)
+        for process in processes:
             process.join(1 if process.sentinel in ending else 0)
         if not (dead := [process.pid for process in processes if process.exitcode]):
             raise
