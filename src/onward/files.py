@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,14 @@ def digest_bytes(data: bytes, algorithm: str = "sha256") -> str:
 
 
 def digest_file(path: Path, algorithm: str = "sha256", keep: memoryview | None = None) -> str:
-    """The digest of a file: while a chunk is digested, the next two are read. `keep`, of its size, gets all of it."""
+    """The digest of a file. `keep`, of its size, gets all of it. Of a large one the next two chunks are read while one
+    is digested.
+    """
+    if path.stat().st_size <= CHUNK:
+        data = path.read_bytes()
+        if keep is not None:
+            keep[:] = data
+        return digest_bytes(data, algorithm)
     hasher, buffers = Hasher(algorithm), [memoryview(bytearray(CHUNK)) for _ in range(3)]
     with path.open("rb", buffering=0) as file, ThreadPoolExecutor(2) as readers:
 
@@ -62,15 +68,14 @@ def digest_file(path: Path, algorithm: str = "sha256", keep: memoryview | None =
             return os.preadv(file.fileno(), [buffers[number % 3]], number * CHUNK)
 
         ahead = deque(readers.submit(read, number) for number in range(2))
-        for number in count():
-            size = ahead.popleft().result()
+        number = 0
+        while size := ahead.popleft().result():
             ahead.append(readers.submit(read, number + 2))
             hasher.update(buffers[number % 3][:size])
             if keep is not None:
                 keep[number * CHUNK : number * CHUNK + size] = buffers[number % 3][:size]
-            if size < CHUNK:
-                return hasher.digest()
-    raise AssertionError
+            number += 1
+    return hasher.digest()
 
 
 def canonical_json(value: Any) -> bytes:
@@ -155,8 +160,8 @@ def committed_directory(final: Path, owner: str = "") -> Iterator[Path]:
     try:
         with naming(final):
             yield partial
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(fsync, [partial, *partial.rglob("*")]))
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(fsync, [partial, *partial.rglob("*")]))
         partial.rename(final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

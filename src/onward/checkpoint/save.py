@@ -91,7 +91,7 @@ def save_checkpoint(snapshot: Snapshot, directory: Path) -> Manifest:
             hint="give this run a directory of its own: onward run PLAN --run DIR",
         )
     replacement = directory.with_name(f"{directory.name}-{secrets.token_hex(4)}")
-    return _settle(directory, replacement, _commit(snapshot, replacement))
+    return _settle(directory, replacement, _commit(snapshot, replacement), old)
 
 
 def _commit(snapshot: Snapshot, directory: Path) -> Manifest:
@@ -109,13 +109,13 @@ def _verified(directory: Path) -> Manifest | None:
     return manifest if next(problems_of(directory, manifest), None) is None else None
 
 
-def _settle(directory: Path, replacement: Path, new: Manifest) -> Manifest:
+def _settle(directory: Path, replacement: Path, new: Manifest, old: Manifest | None) -> Manifest:
     """Put `replacement`, which is committed and which readers prefer already, in the place of `directory`, unless that
-    verifies and holds the same.
+    verifies (as `old`) and holds the same.
 
     At every moment a reader finds it under one of the two names. What is in its place is deleted if the run wrote it.
     """
-    old, run_id = _verified(directory), new.run_id
+    run_id = new.run_id
     if old is not None and old.content() == new.content():
         discard(replacement, run_id)
         return old
@@ -135,7 +135,7 @@ def finish_replacements(checkpoints: Path, run_id: str) -> None:
         directory = replacement.with_name(replacement.name.rpartition("-")[0])
         new = _verified(replacement)
         if new is not None and belongs_to(replacement, run_id):
-            _settle(directory, replacement, new)
+            _settle(directory, replacement, new, _verified(directory))
 
 
 def _write(snapshot: Snapshot, partial: Path) -> Manifest:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from onward.checkpoint.retention import retire
 from onward.checkpoint.save import Adapter, Snapshot, save_checkpoint, snapshot_bytes
-from onward.files import exclusively, require_space
+from onward.files import exclusively, fsync, require_space
 from onward.runs.directory import checkpoint_name
 from onward.runs.journal import write_event
 from onward.runs.outputs import base_name
@@ -36,8 +35,7 @@ def save(session: Session, live: LiveStage) -> None:
 
     def commit(snapshot: Snapshot) -> None:
         if session.directory.metrics.exists():  # no checkpoint speaks of steps whose rows a power cut could take back
-            with session.directory.metrics.open("rb") as file:
-                os.fsync(file.fileno())
+            fsync(session.directory.metrics)
         step = save_checkpoint(snapshot, live.checkpoints / checkpoint_name(snapshot.step)).step
         event = {"attempt": session.attempt, "stage": snapshot.stage, "step": step}
         write_event(session.directory.journal, "committed", **event)
