@@ -32,7 +32,7 @@ from onward.plan.schema import Plan
 from onward.runs.account import Account
 from onward.runs.directory import RunDirectory
 from onward.runs.inputs import Content
-from onward.runs.journal import now, read_metrics, write_event
+from onward.runs.journal import metrics_rows, now, write_event
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def progress_of(events: Sequence[Mapping[str, Any]]) -> tuple[set[str], set[str]
 def trained_after(run: RunDirectory, names: Sequence[str], stage: str) -> str | None:
     """The first of the later stages that has trained a step, if there is one: it stands on this stage's output."""
     later = names[names.index(stage) + 1 :]
-    trained = {row["stage"] for row in read_metrics(run.metrics) if row["step"]}
+    trained = {row.stage for _, row in metrics_rows(run.metrics) if row and row.step}
     trained |= {event["stage"] for event in read_jsonl(run.journal) if event["event"] == "committed"}
     return next((name for name in later if name in trained), None)
 
