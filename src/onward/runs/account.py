@@ -14,19 +14,22 @@ from onward.errors import DamageError, OnwardError
 from onward.files import digest_file, read_jsonl, whole_lines
 from onward.plan.lock import Lock
 from onward.runs.directory import RunDirectory
-from onward.runs.journal import attempts, metrics_rows
+from onward.runs.journal import Row, attempts, metrics_rows
 
 
 @dataclass(frozen=True)
 class Account:
     """`lost`: journal lines that what is there calls for. A crash leaves one at most; `problems` tells of more, and of
-    what is wrong with metrics.jsonl and plan.yaml: of nothing that decides how training goes on.
+    what is wrong with metrics.jsonl and plan.yaml: of nothing that decides how training goes on. `newest`: of each
+    stage with checkpoints the last one's step; `recent`: the rows of later steps, those that are trained again.
     """
 
     events: list[dict[str, Any]]
     lost: list[dict[str, Any]]
     last_attempt: int
     problems: list[Problem]
+    newest: dict[str, int]
+    recent: list[Row]
 
     def history(self) -> list[dict[str, Any]]:
         """What the journal tells, and what it would tell."""
@@ -39,7 +42,9 @@ def account(run: RunDirectory, lock: Lock) -> Account:
     DamageError when the journal was altered, and when the lock is older than the journal: what they say decides.
     """
     events = read_jsonl(run.journal)
-    last_attempt, altered = attempts(events), []
+    made = _made(run, lock)
+    newest = {m.stage: m.step for m in sorted(made, key=lambda manifest: manifest.step)}
+    last_attempt, altered, recent = attempts(events), [], []
     steps: dict[str, set[int]] = {}
     for number, row in metrics_rows(run.metrics):
         if row is None:
@@ -47,12 +52,12 @@ def account(run: RunDirectory, lock: Lock) -> Account:
         else:
             steps.setdefault(row.stage, set()).add(row.step)
             last_attempt = max(last_attempt, row.attempt)
+            if row.step > newest.get(row.stage, 0):
+                recent.append(row)
     _require_newest(run, lock, events)
-    made = _made(run, lock)
     lost = list(_lost(lock, events, made))
     problems = _altered(run.metrics, altered)
-    for stage in {manifest.stage: None for manifest in made}:
-        last = max(manifest.step for manifest in made if manifest.stage == stage)
+    for stage, last in newest.items():
         if gone := sorted(set(range(1, last + 1)) - steps.get(stage, set())):
             reason = f"lacks {len(gone)} of the {last} steps that stage {stage} has behind it, first step {gone[0]}"
             problems.append(Problem(run.metrics, reason))
@@ -61,7 +66,7 @@ def account(run: RunDirectory, lock: Lock) -> Account:
         told = ", ".join(f"{event['stage']} step {event['step']} {event['event']}" for event in untold)
         problems.append(Problem(run.journal, f"lacks lines that it had: {told or 'all'}"))
     problems += _plan_problem(run, lock)
-    return Account(events, lost, last_attempt, problems)
+    return Account(events, lost, last_attempt, problems, newest, recent)
 
 
 def altered_lines(path: Path) -> list[Problem]:

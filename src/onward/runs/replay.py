@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from onward.errors import TrainingError
 from onward.files import append_jsonl
-from onward.runs.journal import canonical_metrics, metrics_rows, write_event
+from onward.runs.journal import Row, canonical_metrics, metrics_rows, write_event
 
 if TYPE_CHECKING:
     from onward.runs.session import Session
@@ -21,8 +21,8 @@ def recorder(session: Session, stage: str, step: int) -> Callable[[dict[str, Any
     comparable = session.comparable_attempts()
     earlier = canonical_metrics(
         json.loads(row.line)
-        for _, row in metrics_rows(session.directory.metrics)
-        if row and row.stage == stage and row.step > step and row.attempt in comparable
+        for row in _rows_after(session, stage, step)
+        if row.stage == stage and row.step > step and row.attempt in comparable
     )
 
     def record(row: dict[str, Any]) -> None:
@@ -35,6 +35,17 @@ def recorder(session: Session, stage: str, step: int) -> Callable[[dict[str, Any
             session.view.step(row)
 
     return record
+
+
+def _rows_after(session: Session, stage: str, step: int) -> Iterable[Row]:
+    """The rows of earlier attempts, at least those of the stage's later steps. The file is read again only where the
+    stage goes on from an older checkpoint than its newest, or is trained once more from its start.
+    """
+    if session.account is None:
+        return []
+    if step >= session.account.newest.get(stage, 0):
+        return session.account.recent
+    return (row for _, row in metrics_rows(session.directory.metrics) if row)
 
 
 def _compare_replay(session: Session, before: dict[str, Any], again: dict[str, Any]) -> None:

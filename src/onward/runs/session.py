@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from onward.errors import Interrupted
 from onward.files import read_jsonl
 from onward.plan.lock import Lock
+from onward.runs.account import Account
 from onward.runs.directory import RunDirectory
 from onward.runs.resolve import Resolved
 from onward.runs.signals import Stopping
@@ -33,7 +34,10 @@ class View(Protocol):
 
 @dataclass
 class Session:
-    """A run between start and end of one process: `attempt` counts them from 1, `tier` is the promise that holds."""
+    """A run between start and end of one process: `attempt` counts them from 1, `tier` is the promise that holds.
+
+    `account`: what the run's own files told before this attempt; None for the first.
+    """
 
     directory: RunDirectory
     resolved: Resolved
@@ -45,6 +49,7 @@ class Session:
     view: View
     stopping: Stopping
     device: torch.device
+    account: Account | None
 
     def events(self) -> list[dict[str, Any]]:
         return read_jsonl(self.directory.journal)

@@ -105,6 +105,7 @@ def run_plan(
             view,
             stopping,
             device,
+            told,
         )
         place = _place(session)
         if lock and told:  # nothing was written until here: what is damaged or refused leaves the run as it was
