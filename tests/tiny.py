@@ -47,7 +47,7 @@ def tokenizer():
 def text_model(
     directory: Path, kind: str = "qwen2", *, tied: bool = False, dtype: str = "float32", seed: int = 0
 ) -> Path:
-    """A decoder of some 60 thousand parameters: llama, qwen2 or qwen3, attention dropout 0.1."""
+    """A decoder of some 60 thousand parameters, attention dropout 0.1: llama, qwen2, qwen3, mistral or internlm3."""
     import torch
     import transformers
 
@@ -60,9 +60,10 @@ def text_model(
     }  # fmt: skip
     if kind in ("llama", "qwen3"):
         size["head_dim"] = 8
-    config = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[
-        kind
-    ]
+    config = {
+        "llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config,
+        "mistral": transformers.MistralConfig, "internlm3": transformers.InternLM3Config,
+    }[kind]  # fmt: skip
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config(**size)).to(getattr(torch, dtype))
     model.save_pretrained(directory)

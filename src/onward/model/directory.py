@@ -50,7 +50,7 @@ def open_model_directory(directory: Path) -> ModelDirectory:
     """Read the configuration and every header.
 
     PlanError when it is no model directory; DamageError for a missing or damaged shard; InputError for weights in
-    another form than safetensors.
+    another form than safetensors, and for a parameter that belongs to no module of the family.
     """
     if not directory.is_dir():
         raise PlanError("no such model directory", where=str(directory))
@@ -61,6 +61,7 @@ def open_model_directory(directory: Path) -> ModelDirectory:
     shards = model_shards(directory)
     entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
     disk_names = family.canonical_names(entries, str(directory))
+    family.check_partition(disk_names, str(directory))
     tensors = {canonical: entries[disk] for canonical, disk in disk_names.items()}
     return ModelDirectory(directory, config, family, tuple(s.path.name for s in shards), tensors, disk_names)
 

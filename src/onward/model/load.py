@@ -45,8 +45,9 @@ def load_model(directory: Path, *, precision: str, device: str) -> LoadedModel:
         if info[kind]:
             first = sorted(str(item) for item in info[kind])[0]
             raise DamageError(f"{kind.replace('_', ' ')}: {len(info[kind])}, first {first}", where=str(directory))
-    in_memory = {name for name, _ in model.named_parameters()}
-    on_disk = set(opened.parameters())
+    family = opened.family
+    in_memory = {name for name, _ in model.named_parameters() if not family.is_expert(name)}
+    on_disk = {name for name in opened.parameters() if not family.is_expert(name)}
     if odd := sorted(in_memory ^ on_disk):
         place = "in memory" if odd[0] in in_memory else "on disk"
         raise DamageError(

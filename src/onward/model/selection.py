@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from onward.errors import PlanError
-from onward.model.families import Family
+from onward.model.families import WHOLES, Family
 from onward.plan.schema import Stage, Train
 
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
@@ -73,11 +73,13 @@ def select(
     equally, LoRA targets that are not there.
     """
     owner = _owners(stage.train, family, shapes, tied=tied, where=where)
+    linear = {name for name in linear if family.can_be_linear(name)}
     full: list[str] = []
     lora: list[LoraLayer] = []
     groups: list[Group] = []
     for key, train in stage.train.items():
         mine = [name for name, owned_by in owner.items() if owned_by == key]
+        _no_experts(train, mine, family, where[key])
         if train.mode == "full":
             full += mine
             groups += _groups(key, stage, train, {name: shapes[name] for name in mine})
@@ -128,7 +130,7 @@ def _owners(
                 (len(prefix), narrower.index(key), key)
                 for key, prefixes in modules.items()
                 for prefix in prefixes
-                if name.startswith(prefix)
+                if name.startswith(prefix) and (key not in WHOLES or family.whole(name) == key)
             ]
             owner[name] = max(claims)[-1] if claims else None
     for key in train:
@@ -140,6 +142,19 @@ def _owners(
             hint = f"did you mean {near[0]}?" if near else f"{known} a pattern over names like {next(iter(owner))}"
             raise PlanError(f"{key} matches no parameter of this model", where=where[key], hint=hint)
     return owner
+
+
+def _no_experts(train: Train, names: list[str], family: Family, where: str) -> None:
+    """PlanError where experts would be trained in full, or would be all that LoRA adapts."""
+    experts = [name for name in names if family.is_expert(name)]
+    if not experts or train.mode == "frozen" or (train.mode != "full" and len(experts) < len(names)):
+        return
+    raise PlanError(
+        f"would train experts ({experts[0]}): transformers holds all experts of a layer in one tensor, which has "
+        "neither the names of the files nor a linear layer that LoRA could adapt",
+        where=where,
+        hint="train outside the experts: {mode: lora} on language_model, or in full a pattern such as self_attn",
+    )
 
 
 def _lora_layers(train: Train, names: list[str], linear: Collection[str], where: str) -> list[LoraLayer]:

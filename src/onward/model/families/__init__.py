@@ -9,12 +9,15 @@ from typing import Any
 
 from onward.errors import InputError
 from onward.model.families.decoder import DECODER, OTHER
-from onward.model.families.family import Family
+from onward.model.families.family import WHOLES, Family
+from onward.model.families.internvl import INTERNVL
 from onward.model.families.llava import LLAVA
+from onward.model.families.mixture import MIXTURE
+from onward.model.families.qwen_vl import QWEN_VL
 
-FAMILIES = (DECODER, LLAVA)
+FAMILIES = (DECODER, MIXTURE, LLAVA, QWEN_VL, INTERNVL)
 
-__all__ = ["FAMILIES", "Family", "find_family"]
+__all__ = ["FAMILIES", "WHOLES", "Family", "find_family"]
 
 
 def find_family(config: dict[str, Any], where: str) -> Family:
