@@ -11,7 +11,8 @@ from typing import Any
 class Description:
     """What something is, what it holds, whether training can go on from it exactly, and the command that comes next.
 
-    `facts` are shown in their order. `missing` says what exact continuation would need and is not there.
+    `facts` are shown in their order. `missing` says what exact continuation would need and is not there, and
+    `likely_cause` why, as far as it can be told.
     """
 
     path: str
@@ -20,6 +21,7 @@ class Description:
     facts: Mapping[str, Any] = field(default_factory=dict)
     continues_exactly: bool = False
     missing: tuple[str, ...] = ()
+    likely_cause: str | None = None
     problems: tuple[str, ...] = ()
     next_command: str | None = None
 
@@ -33,6 +35,8 @@ class Description:
         yield from (f"  problem: {problem}" for problem in self.problems)
         yield f"  continues exactly: {'yes' if self.continues_exactly else 'no'}"
         yield from (f"  missing for that: {part}" for part in self.missing)
+        if self.likely_cause:
+            yield f"  likely cause: {self.likely_cause}"
         if self.next_command:
             yield f"  next: {self.next_command}"
 

@@ -12,12 +12,10 @@ from onward.foreign.description import Description, count_dtypes
 from onward.weights.shards import model_shards
 
 
-def recognise(path: Path) -> bool:
-    return (path / "config.json").is_file()
-
-
-def describe(path: Path) -> Description:
+def recognise(path: Path) -> Description | None:
     """From the configuration and the headers alone."""
+    if not (path / "config.json").is_file():
+        return None
     config = read_json(path / "config.json")
     problems: list[str] = []
     entries: list[TensorEntry] = []

@@ -14,12 +14,10 @@ from onward.foreign.description import Description, count_dtypes
 CONFIG, TENSORS, PICKLED = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 
 
-def recognise(path: Path) -> bool:
-    return (path / CONFIG).is_file()
-
-
-def describe(path: Path) -> Description:
+def recognise(path: Path) -> Description | None:
     """From the configuration and the header alone."""
+    if not (path / CONFIG).is_file():
+        return None
     config = read_json(path / CONFIG)
     problems: list[str] = []
     entries: dict[str, TensorEntry] = {}

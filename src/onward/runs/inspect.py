@@ -6,8 +6,8 @@ from pathlib import Path
 
 from onward.checkpoint.manifest import MANIFEST, read_manifest
 from onward.errors import OnwardError, PlanError
-from onward.foreign import huggingface, peft
 from onward.foreign.description import Description, count_dtypes
+from onward.foreign.known import describe
 from onward.runs.directory import RunDirectory
 from onward.runs.status import status
 
@@ -20,10 +20,8 @@ def inspect(path: Path) -> Description:
         return _run(path)
     if (path / MANIFEST).is_file():
         return _own(path)
-    if peft.recognise(path):  # before models: an adapter may lie beside a config.json
-        return peft.describe(path)
-    if huggingface.recognise(path):
-        return huggingface.describe(path)
+    if found := describe(path):
+        return found
     inside = sorted(item.name for item in path.iterdir())[:6] if path.is_dir() else [f"{path.stat().st_size:,} bytes"]
     return Description(
         str(path),

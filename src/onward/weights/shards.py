@@ -37,7 +37,7 @@ def model_shards(model: Path) -> list[Shard]:
             where=str(model),
             hint="save the model with save_pretrained(…, safe_serialization=True)",
         )
-    weight_map = _weight_map(index)
+    weight_map = read_weight_map(index)
     names = sorted(set(weight_map.values()))
     for name in names:
         if not (model / name).exists():
@@ -54,7 +54,8 @@ def model_shards(model: Path) -> list[Shard]:
     return shards
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor → file of an index file. InputError for one that would lead out of the directory, by name or by link."""
     value: Any = read_json(index)
     weight_map = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
@@ -62,4 +63,14 @@ def _weight_map(index: Path) -> dict[str, str]:
     for name, file in weight_map.items():
         if not file or file.startswith(".") or any(bad in file for bad in ("/", "\\", "\0")):
             raise InputError(f"tensor {name}: {file!r} is not a file name in this directory", where=str(index))
+    for file in set(weight_map.values()):
+        require_inside(index.parent / file)
     return weight_map
+
+
+def require_inside(path: Path) -> None:
+    """InputError where `path` is a link that leads out of its directory: to anywhere but the hub cache's blobs."""
+    if path.is_symlink():
+        directory, target = path.parent.resolve(), path.resolve()
+        if directory not in target.parents and directory.parents[1] / "blobs" != target.parent:
+            raise InputError("is a link that leads out of its directory", where=str(path), hint="put the file there")

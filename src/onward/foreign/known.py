@@ -1,0 +1,18 @@
+"""Every kind of foreign checkpoint or model that onward knows, in one place, the most particular first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onward.foreign import huggingface, peft
+from onward.foreign.description import Description
+
+KINDS = (
+    peft.recognise,  # before models: an adapter may lie beside a config.json
+    huggingface.recognise,
+)
+
+
+def describe(path: Path) -> Description | None:
+    """What another tool has written at `path`, by headers alone; None where none of these is it."""
+    return next((found for recognise in KINDS if (found := recognise(path))), None)
