@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo demo-text test test-all bench bench-checkpoint bench-failures bench-continuing lint clean
+.PHONY: setup demo demo-text test test-all bench bench-checkpoint bench-failures bench-continuing bench-loss lint clean
 
 setup: $(STAMP)  ## .venv with onward and everything to work on it
 
@@ -39,6 +39,9 @@ bench-failures: setup  ## runs broken on purpose, Trainer's and onward's; writes
 
 bench-continuing: setup  ## what continuing costs at step 10 and at step 100,000
 	$(BIN)/python bench/continuing.py
+
+bench-loss: setup  ## peak memory of the loss over a large vocabulary, whole logits beside chunks
+	$(BIN)/python bench/loss.py
 
 lint: setup
 	$(BIN)/ruff check .

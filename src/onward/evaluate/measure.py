@@ -6,14 +6,12 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch.nn import functional
-
 from onward.data.batches import eval_batches
 from onward.data.encode import Encoder
 from onward.data.order import Draw
 from onward.data.prepare import StageData
 from onward.evaluate.generate import generate_answers
-from onward.model.forward import evaluating, target_logits
+from onward.model.forward import evaluating, score
 
 METRICS = ("loss", "token_accuracy", "exact_match")
 
@@ -70,8 +68,6 @@ def _over_targets(
     with evaluating(model, autocast):
         for batch in eval_batches(data, encoder, batch_size, limit):
             for micro_batch in batch.micro_batches:
-                logits, expected = target_logits(model, micro_batch)
-                loss += float(functional.cross_entropy(logits, expected, reduction="sum").item())
-                right += int((logits.argmax(dim=-1) == expected).sum())
-                targets += len(expected)
+                part_loss, part_right, part_targets = score(model, micro_batch)
+                loss, right, targets = loss + part_loss, right + part_right, targets + part_targets
     return {"loss": loss / targets, "token_accuracy": right / targets}
