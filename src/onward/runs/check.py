@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from onward.model.selection import Selection
 from onward.plan.load import LoadedPlan
-from onward.plan.schema import CheckpointPlan
+from onward.plan.schema import CheckpointPlan, Stage
 from onward.runs.account import account
 from onward.runs.begin import go_on, judge_changes, open_lock
 from onward.runs.directory import RunDirectory
-from onward.runs.environment import environment
+from onward.runs.environment import device_name, environment, threads
+from onward.runs.estimate import SHARE, matrix_rate, operations
 from onward.runs.inputs import StageInputs, content_of, prepare_inputs
 from onward.runs.resolve import Resolved, ResolvedStage, resolve
 from onward.weights.merge import merge_bytes
@@ -52,7 +53,10 @@ class GroupCheck:
 
 @dataclass(frozen=True)
 class StageCheck:
-    """One stage. Bytes: one checkpoint, all that retention lets stand at once, the output; memory while training."""
+    """One stage. Bytes: one checkpoint, all that retention lets stand at once, the output; memory while training.
+
+    `seconds`: a guess of what training takes on this device, evaluations and saves apart.
+    """
 
     name: str
     modules: tuple[ModuleCheck, ...]
@@ -71,6 +75,7 @@ class StageCheck:
     checkpoints_bytes: int
     output_bytes: int
     memory_bytes: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,10 @@ def _stage_lines(number: int, stage: StageCheck) -> Iterator[str]:
         f"  a checkpoint takes {_bytes(stage.checkpoint_bytes)}, all that are kept {_bytes(stage.checkpoints_bytes)}, "
         f"the output {_bytes(stage.output_bytes)}"
     )
-    yield f"  memory for weights, gradients and optimizer: {_bytes(stage.memory_bytes)}"
+    yield (
+        f"  memory for weights, gradients and optimizer: {_bytes(stage.memory_bytes)}; "
+        f"time here: {_duration(stage.seconds)}, roughly"
+    )
 
 
 def check_plan(loaded: LoadedPlan, *, show: int = 0, run: RunDirectory) -> CheckReport:
@@ -185,6 +193,11 @@ def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> Sta
     keep = resolved.loaded.plan.checkpoint
     epochs_run = inputs.total_steps / math.ceil(inputs.data.samples_per_epoch / plan.batch_size)
     frozen = sum(entry.nbytes for entry in resolved.model.tensors.values())
+    tokens = round(inputs.data.tokens_per_epoch * epochs_run)
+    targets = round(inputs.data.targets_per_epoch * epochs_run)
+    shapes = {name: entry.shape for name, entry in resolved.model.parameters().items()}
+    whole = resolved.loaded.plan
+    rate = SHARE * matrix_rate(plan.precision, device_name(whole), threads(whole))
     base = merge_bytes(resolved.model.path) if plan.output.form == "merged" else trained * FP32
     ends = ", ".join(map(str, inputs.horizon.ends[:-1]))
     extended = f", extended after step {ends}" if ends else ""
@@ -198,23 +211,28 @@ def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> Sta
         epochs=plan.epochs,
         steps=inputs.total_steps,
         batch_size=plan.batch_size,
-        tokens=round(inputs.data.tokens_per_epoch * epochs_run),
-        target_tokens=round(inputs.data.targets_per_epoch * epochs_run),
+        tokens=tokens,
+        target_tokens=targets,
         longest=inputs.data.longest,
         skipped=len(inputs.data.skipped),
         schedule=f"{plan.schedule.name}, {inputs.horizon.segments[0].warmup} steps of warm-up{extended}",
         evaluation_samples=inputs.evaluation.rows if inputs.evaluation else 0,
         checkpoint_bytes=checkpoint,
-        checkpoints_bytes=checkpoint * (_kept(keep, inputs.total_steps) + 1),  # one is written before one goes
+        checkpoints_bytes=checkpoint * (_kept(keep, plan, inputs.total_steps) + 1),  # one is written before one goes
         output_bytes=base,
         memory_bytes=frozen + trained * FP32 * (2 + ADAM_SLOTS),
+        seconds=operations(shapes, selection.full, tokens, targets) / rate,
     )
 
 
-def _kept(plan: CheckpointPlan, steps: int) -> int:
+def _kept(plan: CheckpointPlan, stage: Stage, steps: int) -> int:
+    """How many checkpoints of a stage stand at most: a step that is the best so far has one too, where it is wanted."""
     saves = math.ceil(steps / plan.every)
+    best = max(plan.keep.best, stage.output.from_ == "best")
+    if best and stage.evaluate and stage.evaluate.every:
+        saves += steps // stage.evaluate.every
     for_good = steps // math.lcm(plan.every, plan.keep.every) if plan.keep.every else 0
-    return min(saves, plan.keep.last + plan.keep.best + for_good)
+    return min(saves, plan.keep.last + best + for_good)
 
 
 def _modules(resolved: Resolved, stage: ResolvedStage, selection: Selection) -> Iterator[ModuleCheck]:
@@ -284,6 +302,13 @@ def _count(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return str(number)
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
+    return f"{max(1, round(seconds))} s"
 
 
 def _bytes(number: int) -> str:
