@@ -26,6 +26,7 @@ BLOCKS: list[tuple[str, type[BaseModel], str]] = [
     ("data: one source", schema.Source, "An entry of `data`; a bare path will do."),
     ("optimizer", schema.Optimizer, "`optimizer: adamw` is short for `{name: adamw}`."),
     ("schedule", schema.Schedule, "`schedule: linear` is short for `{name: linear}`."),
+    ("images", schema.Images, "A limit that the model has not is an error."),
     ("evaluate", schema.Evaluate, ""),
     ("early_stopping", schema.EarlyStopping, ""),
     ("output", schema.Output, "`output: adapters` is short for `{form: adapters}`."),

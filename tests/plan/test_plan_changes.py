@@ -297,5 +297,9 @@ def test_every_key_that_breaks_has_its_cost_in_a_fork():
         "max_length",
         "overlong",
         "loss_on",
+        "images",
+        "images.min_pixels",
+        "images.max_pixels",
+        "images.max_tiles",
     }
     assert {key for key, price in costs.items() if price == "place"} == {f"stages.*.{key}" for key in place}

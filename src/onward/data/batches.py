@@ -33,7 +33,8 @@ class StepBatch:
     """What one step sees. `position`: of its first sample in the epoch. `tokens` without padding.
 
     A micro-batch has `input_ids`, `attention_mask`, `labels` (int64 [samples, longest], padded on the right) and the
-    image processor's arrays, those of all its samples one after another. `inputs` is a digest of what the samples
+    image processor's arrays, those of all its samples one after another; `mm_token_type_ids` (1 where a token stands
+    for pixels) where the model asks for them. `inputs` is a digest of what the samples
     hold, whatever the micro-batches. `skipped`: (sample id, reason) of samples that only now were found to be
     unreadable.
     """
@@ -49,21 +50,42 @@ class StepBatch:
     skipped: list[tuple[str, str]]
 
 
-def collate(samples: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """The samples as one micro-batch."""
+def collate(samples: Sequence[Encoded], pad_id: int, *, left: bool = False) -> dict[str, torch.Tensor]:
+    """The samples as one micro-batch, padded on the right, or on the `left` to be continued."""
     shape = (len(samples), max(len(sample.input_ids) for sample in samples))
     input_ids = np.full(shape, pad_id, np.int64)
     attention_mask = np.zeros(shape, np.int64)
     labels = np.full(shape, IGNORED, np.int64)
+    types = np.zeros(shape, np.int64)
     for i, sample in enumerate(samples):
         n = len(sample.input_ids)
-        input_ids[i, :n] = sample.input_ids
-        attention_mask[i, :n] = 1
-        labels[i, :n][sample.trained] = sample.input_ids[sample.trained]
+        place = slice(shape[1] - n, None) if left else slice(n)
+        input_ids[i, place] = sample.input_ids
+        attention_mask[i, place] = 1
+        labels[i, place][sample.trained] = sample.input_ids[sample.trained]
+        if sample.pixels is not None:
+            types[i, place] = sample.pixels
     arrays: dict[str, np.ndarray] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+    if types.any():
+        arrays["mm_token_type_ids"] = types
     for name in sorted({name for sample in samples for name in sample.images}):
-        arrays[name] = np.concatenate([sample.images[name] for sample in samples if name in sample.images])
+        arrays[name] = _joined([sample.images[name] for sample in samples if name in sample.images])
     return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """The samples' images one after another. Where each image has tiles [images, tiles, 3, height, width], those that
+    have fewer are filled up with zeros, which the model cuts off again."""
+    most = max(array.shape[1] for array in arrays)
+    if all(array.shape[1] == most for array in arrays):
+        return np.concatenate(arrays)
+    short = [most - array.shape[1] for array in arrays]
+    return np.concatenate(
+        [
+            np.pad(array, [(0, 0), (0, missing), *[(0, 0)] * (array.ndim - 2)])
+            for array, missing in zip(arrays, short, strict=True)
+        ]
+    )
 
 
 def digest_samples(samples: Sequence[Encoded]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,13 +16,14 @@ from onward.data.images import expand_placeholders, image_size, load_image
 from onward.data.rows import Conversation, before_last_turn, read_conversation
 from onward.data.samples import BadSample, Encoded, Origin, bad
 from onward.data.template import ChatTemplate, load_template
-from onward.errors import InputError
+from onward.data.vision import ImageLimits, Vision, load_vision
+from onward.errors import InputError, OnwardError
 from onward.files import canonical_json, digest_bytes, digest_file
 
 __all__ = ["BadSample", "Encoded", "Encoder", "Options", "Origin", "Prompt", "load_encoder"]
 
 Overlong = Literal["error", "drop", "truncate"]
-ENCODING = 1
+ENCODING = 2
 """Changes when the same files and options begin to give other tokens."""
 FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken",
@@ -38,6 +39,7 @@ class Options:
     max_length: int
     overlong: Overlong
     loss_on: LossOn
+    images: ImageLimits = field(default_factory=ImageLimits)
 
 
 @dataclass(frozen=True)
@@ -52,17 +54,13 @@ class Encoder:
     """Rows of `{"messages": …}` to tokens and targets, for one model. Can be sent to other processes."""
 
     def __init__(
-        self, tokenizer: Any, processor: Any | None, template: ChatTemplate, options: Options, fingerprint: str
+        self, tokenizer: Any, vision: Vision | None, template: ChatTemplate, options: Options, fingerprint: str
     ) -> None:
         self.tokenizer = tokenizer
-        self.processor = processor
+        self.vision = vision
         self.template = template
         self.options = options
         self.fingerprint = fingerprint
-        self._image_token: str | None = None if processor is None else processor.image_token
-        self._image_id: int | None = (
-            None if processor is None else tokenizer.convert_tokens_to_ids(processor.image_token)
-        )
 
     @property
     def pad_id(self) -> int:
@@ -76,17 +74,14 @@ class Encoder:
         rendered = render(conversation, self.template, self.options.loss_on, origin)
         images, replacements = self._pixels(conversation, origin)
         ids, trained = self._tokens(self._expand(rendered, replacements, origin), origin)
-        return Encoded(origin.sample_id, ids, trained, images)
+        return Encoded(origin.sample_id, ids, trained, images, self._stands_for_pixels(ids))
 
     def measure(self, row: Mapping[str, Any], origin: Origin) -> tuple[int, int]:
         """How many tokens and how many targets `encode` will give; image files are not decoded. BadSample likewise."""
         conversation = self._conversation(row, origin)
         rendered = render(conversation, self.template, self.options.loss_on, origin)
-        replacements = []
-        if conversation.images:
-            sizes = [image_size(image, origin) for image in conversation.images]
-            counts = self.processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"]  # type: ignore[union-attr]
-            replacements = [str(self._image_token) * count for count in counts]
+        sizes = [image_size(image, origin) for image in conversation.images]
+        replacements = self._replacements(sizes, origin)
         ids, trained = self._tokens(self._expand(rendered, replacements, origin), origin)
         return len(ids), int(trained.sum())
 
@@ -96,7 +91,7 @@ class Encoder:
         images, replacements = self._pixels(asked, origin)
         rendered = self._expand(render_prompt(asked, self.template, origin), replacements, origin)
         ids, trained = self._tokenize(rendered, origin)
-        return Prompt(Encoded(origin.sample_id, ids, trained, images), answer)
+        return Prompt(Encoded(origin.sample_id, ids, trained, images, self._stands_for_pixels(ids)), answer)
 
     def image_files(self, row: Mapping[str, Any], origin: Origin) -> list[Path]:
         """The image files of a row. BadSample when it is no conversation."""
@@ -104,33 +99,48 @@ class Encoder:
 
     def _conversation(self, row: Mapping[str, Any], origin: Origin) -> Conversation:
         conversation = read_conversation(row, origin)
-        if conversation.images and (self.processor is None or not self.template.parts):
+        if conversation.images and (self.vision is None or not self.template.parts):
             raise bad(origin, "an image, but this model takes none")
-        if self._image_token is not None and any(self._image_token in text for text in conversation.texts()):
-            raise bad(
-                origin,
-                f"a text contains {self._image_token}, which stands for an image in this model: "
-                'write images as parts {"type": "image", "path": …}',
-            )
+        if self.vision is None:
+            return conversation
+        for text in conversation.texts():
+            if self.vision.image_token in text:
+                raise bad(
+                    origin,
+                    f"a text contains {self.vision.image_token}, which stands for an image in this model: "
+                    'write images as parts {"type": "image", "path": …}',
+                )
+            if video := next((token for token in self.vision.refused if token in text), None):
+                raise bad(origin, f"a text contains {video}: video is not supported")
         return conversation
 
     def _pixels(self, conversation: Conversation, origin: Origin) -> tuple[dict[str, NDArray[np.generic]], list[str]]:
         """The image processor's arrays, and what stands in the text for each image."""
-        if not conversation.images:
+        if not conversation.images or self.vision is None:
             return {}, []
-        processor: Any = self.processor
         images = [load_image(image, origin) for image in conversation.images]
+        replacements = self._replacements([(image.height, image.width) for image in images], origin)
         try:
-            inputs = processor.image_processor(images, return_tensors="np")
+            return self.vision.read(images), replacements
         except (ValueError, TypeError, ZeroDivisionError) as error:  # one pixel wide, say
             raise bad(origin, f"the image processor refuses an image: {error}") from None
-        replacements = [processor.replace_image_token(inputs, image_idx=i) for i in range(len(images))]
-        return {name: np.ascontiguousarray(inputs[name]) for name in inputs}, replacements
+
+    def _replacements(self, sizes: Sequence[tuple[int, int]], origin: Origin) -> list[str]:
+        if self.vision is None:
+            return []
+        try:
+            return self.vision.replacements(sizes)
+        except (ValueError, TypeError, ZeroDivisionError) as error:
+            raise bad(origin, f"the image processor refuses an image: {error}") from None
+
+    def _stands_for_pixels(self, ids: NDArray[np.int64]) -> NDArray[np.bool_] | None:
+        asked = self.vision is not None and self.vision.asks_for_types
+        return ids == self.vision.ids[0] if asked and self.vision else None
 
     def _expand(self, rendered: Rendered, replacements: Sequence[str], origin: Origin) -> Rendered:
-        if self._image_token is None:
+        if self.vision is None:
             return rendered
-        return expand_placeholders(rendered, self._image_token, replacements, origin)
+        return expand_placeholders(rendered, self.vision.image_token, replacements, origin)
 
     def _tokenize(self, rendered: Rendered, origin: Origin) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """Token ids, and which begin inside a trained span; never the first, which nothing predicts, nor an image's."""
@@ -145,8 +155,8 @@ class Encoder:
         for begin, end in rendered.trained:
             trained |= (begins >= begin) & (begins < end)
         trained[:1] = False
-        if self._image_id is not None:
-            trained &= ids != self._image_id
+        if self.vision is not None:
+            trained &= ~np.isin(ids, self.vision.ids)
         return ids, trained
 
     def _tokens(self, rendered: Rendered, origin: Origin) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -157,7 +167,7 @@ class Encoder:
             if self.options.overlong != "truncate":
                 reason = f"{len(ids)} tokens, max_length is {limit}"
                 raise BadSample(origin.sample_id, reason, origin.where, overlong=True)
-            if self._image_id is not None and (ids[limit:] == self._image_id).any():
+            if self.vision is not None and np.isin(ids[limit:], self.vision.ids).any():
                 raise bad(origin, f"cut to max_length {limit} it would lose tokens of an image")
             ids, trained = ids[:limit], trained[:limit]
         if not trained.any():
@@ -168,23 +178,31 @@ class Encoder:
         return ids, trained
 
 
-def load_encoder(model_dir: Path, *, max_length: int, overlong: Overlong, loss_on: LossOn, date: str) -> Encoder:
-    """The encoder of a model directory; its processor where it has one. `date` (ISO) is what a template that prints
-    one gets.
+def load_encoder(
+    model_dir: Path,
+    *,
+    max_length: int,
+    overlong: Overlong,
+    loss_on: LossOn,
+    date: str,
+    images: ImageLimits | None = None,
+) -> Encoder:
+    """The encoder of a model directory; its image processor where it has one. `date` (ISO) is what a template that
+    prints one gets.
 
-    InputError when the directory has no fast tokenizer or no chat template, or asks for code of its own.
+    InputError when the directory has no fast tokenizer or no chat template, or asks for code of its own, and for limits
+    that its images do not have.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time; and processes are forked later
-    from transformers import AutoProcessor, AutoTokenizer
+    from transformers import AutoTokenizer
 
     where = str(model_dir)
-    has_processor = any((model_dir / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+    options = Options(max_length, overlong, loss_on, images or ImageLimits())
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
-        processor = None
-        if has_processor:
-            processor = AutoProcessor.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
-            tokenizer = processor.tokenizer
+        vision = load_vision(model_dir, tokenizer, options.images)
+    except OnwardError:
+        raise
     except Exception as error:  # transformers raises a dozen kinds for a missing or foreign file
         raise InputError(f"its tokenizer or processor cannot be loaded ({error})", where=where) from error
     if not getattr(tokenizer, "is_fast", False):
@@ -193,17 +211,16 @@ def load_encoder(model_dir: Path, *, max_length: int, overlong: Overlong, loss_o
             where=where,
             hint="add the model's tokenizer.json",
         )
-    template = load_template(tokenizer, processor, date, where)
-    options = Options(max_length, overlong, loss_on)
+    template = load_template(tokenizer, vision, date, where)
     files = sorted({path for pattern in FILES for path in model_dir.glob(pattern) if path.is_file()})
     fingerprint = digest_bytes(
         canonical_json(
             {
                 "encoding": ENCODING,
                 "files": {path.relative_to(model_dir).as_posix(): digest_file(path) for path in files},
-                "options": [max_length, overlong, loss_on],
+                "options": [max_length, overlong, loss_on, options.images.given()],
                 "date": date if template.prints_date else None,
             }
         )
     )
-    return Encoder(tokenizer, processor, template, options, fingerprint)
+    return Encoder(tokenizer, vision, template, options, fingerprint)

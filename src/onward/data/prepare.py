@@ -182,7 +182,7 @@ def _labels(paths: Sequence[Path]) -> dict[Path, str]:
 
 def _media(file: JsonlFile, encoder: Encoder) -> list[tuple[str, int, int]]:
     """Name, size and mtime in ns (-1 where it is missing) of every image that the file's rows name, sorted."""
-    if encoder.processor is None:
+    if encoder.vision is None:
         return []
     folder = file.path.parent
 

@@ -41,9 +41,11 @@ def bad(origin: Origin, reason: str) -> BadSample:
 @dataclass(frozen=True)
 class Encoded:
     """A sample as the model takes it: `input_ids` int64 [n], `trained` bool [n] (the targets among them), and the image
-    processor's arrays by name (`pixel_values` float32 [images, 3, height, width])."""
+    processor's arrays by name (`pixel_values` float32 [images, 3, height, width], or as the model has them).
+    `pixels` bool [n]: the tokens that stand for pixels, where the model asks which they are."""
 
     sample_id: str
     input_ids: NDArray[np.int64]
     trained: NDArray[np.bool_]
     images: dict[str, NDArray[np.generic]]
+    pixels: NDArray[np.bool_] | None = None

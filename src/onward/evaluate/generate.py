@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-import numpy as np
-import torch
-
+from onward.data.batches import collate
 from onward.data.encode import Encoder
 from onward.data.samples import BadSample, Encoded, Origin
 from onward.errors import InputError
@@ -53,7 +51,8 @@ def _generate(model: Any, encoder: Encoder, samples: Sequence[Encoded], max_new_
         eos_token_id=_end_tokens(model, encoder),
         pad_token_id=encoder.pad_id,
     )
-    batch = _left_padded(samples, encoder.pad_id)
+    batch = collate(samples, encoder.pad_id, left=True)
+    del batch["labels"]
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
     tokens = model.generate(**inputs, generation_config=config)[:, batch["input_ids"].shape[1] :]
@@ -68,17 +67,3 @@ def _end_tokens(model: Any, encoder: Encoder) -> list[int]:
     if encoder.template.has_end_token:
         ends.append(encoder.tokenizer(encoder.template.end_of_turn.strip(), add_special_tokens=False)["input_ids"][-1])
     return sorted({int(token) for token in ends if token is not None})
-
-
-def _left_padded(samples: Sequence[Encoded], pad_id: int) -> dict[str, torch.Tensor]:
-    """Prompts as one batch, padded on the left, so that all of them go on at the same column."""
-    longest = max(len(sample.input_ids) for sample in samples)
-    input_ids = np.full((len(samples), longest), pad_id, np.int64)
-    attention_mask = np.zeros((len(samples), longest), np.int64)
-    for i, sample in enumerate(samples):
-        input_ids[i, longest - len(sample.input_ids) :] = sample.input_ids
-        attention_mask[i, longest - len(sample.input_ids) :] = 1
-    arrays: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
-    for name in sorted({name for sample in samples for name in sample.images}):
-        arrays[name] = np.concatenate([sample.images[name] for sample in samples if name in sample.images])
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}

@@ -69,6 +69,10 @@ TABLE: dict[str, tuple[Kind, Tier]] = {
     "stages.*.overlong": BREAKING,
     "stages.*.on_bad_sample": ("acceptable", "declared"),
     "stages.*.loss_on": BREAKING,
+    "stages.*.images": BREAKING,
+    "stages.*.images.min_pixels": BREAKING,
+    "stages.*.images.max_pixels": BREAKING,
+    "stages.*.images.max_tiles": BREAKING,
     "stages.*.workers": ("free", "bitwise"),
     "stages.*.learning_rate": ("acceptable", "declared"),
     "stages.*.optimizer.name": BREAKING,
@@ -174,7 +178,7 @@ def cost(change: Change) -> Cost:
             return "everything"
         case ["stages", _, "batch_size" | "max_length" | "overlong" | "loss_on"] if change.kind == "breaking":
             return "place"
-        case ["stages", _, "data", *_] if change.kind == "breaking":
+        case ["stages", _, "data" | "images", *_] if change.kind == "breaking":
             return "place"
         case ["stages", _, "train", *_] | ["stages", _, "optimizer", "name"] if change.kind == "breaking":
             return "optimizer"

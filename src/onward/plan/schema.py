@@ -112,6 +112,22 @@ class Output(Strict):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
+class Images(Strict):
+    """How large images are seen. Without a limit: as the model's own files say."""
+
+    min_pixels: Count | None = Field(None, description="Qwen-VL: smaller images are enlarged to so many pixels")
+    max_pixels: Count | None = Field(None, description="Qwen-VL: larger images are reduced to so many pixels")
+    max_tiles: Count | None = Field(
+        None, description="InternVL, LLaVA-NeXT: most tiles an image is cut into, its overview not counted"
+    )
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Images:
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError("min_pixels is more than max_pixels")
+        return self
+
+
 class Shared(Strict):
     """What a stage can set for itself or take from `defaults`."""
 
@@ -124,6 +140,7 @@ class Shared(Strict):
     )
     on_bad_sample: Literal["stop", "skip"] = Field("stop", description="a sample that cannot be read")
     loss_on: Literal["assistant", "last", "all"] = Field("assistant", description="which turns are learnt")
+    images: Images | None = Field(None, description="limits on images; null: as the model's own files say")
     workers: Annotated[int, Field(ge=0)] = Field(0, description="data-loader processes")
     learning_rate: NotNegative = Field(1e-4, description="at the top of the schedule")
     optimizer: Optimizer = Optimizer()

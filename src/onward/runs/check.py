@@ -266,7 +266,7 @@ def _shown(inputs: StageInputs, count: int) -> Iterator[tuple[str, tuple[tuple[s
 
 
 def _text(encoder: Any, ids: np.ndarray) -> str:
-    image = encoder.tokenizer.convert_tokens_to_ids(encoder.processor.image_token) if encoder.processor else None
+    image = encoder.vision.ids[0] if encoder.vision else None
     pieces: list[str] = []
     run: list[int] = []
     for token in [*ids.tolist(), None]:

@@ -74,10 +74,16 @@ def _prepare(
     from onward.data.encode import load_encoder
     from onward.data.order import Epochs
     from onward.data.prepare import prepare
+    from onward.data.vision import ImageLimits
 
     plan = stage.plan
     encoder = load_encoder(
-        resolved.model.path, max_length=plan.max_length, overlong=plan.overlong, loss_on=plan.loss_on, date=date
+        resolved.model.path,
+        max_length=plan.max_length,
+        overlong=plan.overlong,
+        loss_on=plan.loss_on,
+        date=date,
+        images=ImageLimits(**dict(plan.images)) if plan.images else None,
     )
     data = prepare(stage.sources, encoder, on_bad_sample=plan.on_bad_sample, progress=note)
     if data.skipped:
