@@ -67,7 +67,7 @@ def test_what_is_what(place: Path, tmp_path: Path) -> None:
     finally:
         (tmp_path / "manifest.json").rename(stage / "output/manifest.json")
     assert (adapter.kind, adapter.tool) == ("adapter", "peft")
-    assert adapter.facts["adapts"] == "14 layers, rank 2"
+    assert adapter.facts["holds"] == ["language_model: adapters on 14 layers, rank 2"]
     assert inspect(tmp_path).kind == "not recognised"
     with pytest.raises(PlanError):
         inspect(tmp_path / "nothing")

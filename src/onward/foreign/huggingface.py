@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
-from onward.checkpoint.tensorfile import TensorEntry
-from onward.errors import OnwardError
 from onward.files import read_json
-from onward.foreign.description import Description, count_dtypes
-from onward.weights.shards import model_shards
+from onward.foreign.contents import weights_facts
+from onward.foreign.description import Description
+from onward.foreign.stored import stored_in
 
 
 def recognise(path: Path) -> Description | None:
@@ -17,23 +15,25 @@ def recognise(path: Path) -> Description | None:
     if not (path / "config.json").is_file():
         return None
     config = read_json(path / "config.json")
-    problems: list[str] = []
-    entries: list[TensorEntry] = []
-    try:
-        entries = [entry for shard in model_shards(path) for entry in shard.entries.values()]
-    except OnwardError as error:
-        problems.append(str(error))
+    if not isinstance(config, dict):
+        return None
+    stored = stored_in(path, ("model", "pytorch_model"))
+    problems = list(stored.problems)
+    is_pickled = any(file.suffix == ".bin" for file in stored.files)
+    if not stored.files and not problems:
+        problems.append("holds no weights, neither in safetensors nor in pytorch_model.bin")
     has_tokenizer = (path / "tokenizer.json").is_file() or (path / "tokenizer.model").is_file()
     template = any((path / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
     if not template and (path / "tokenizer_config.json").is_file():
-        template = "chat_template" in read_json(path / "tokenizer_config.json")
+        template = '"chat_template"' in (path / "tokenizer_config.json").read_text(errors="replace")
     if "auto_map" in config:
         problems.append("asks for code of its own (auto_map), which onward never runs")
+    incomplete = any("incomplete" in problem or "truncated" in problem for problem in problems)
     facts = {
         "model type": config.get("model_type", "not stated"),
         "architecture": config.get("architectures") or "not stated",
-        "weights": count_dtypes([entry.dtype for entry in entries]) if entries else "none readable",
-        "parameters on disk": f"{sum(math.prod(entry.shape) for entry in entries):,}",
+        **weights_facts(stored.tensors),
+        "files": f"{len(stored.files)}{', pickled' if is_pickled else ''}",
         "tokenizer": "yes" if has_tokenizer else "no",
         "chat template": "yes" if template else "no",
         "image processor": "yes"
@@ -47,5 +47,12 @@ def recognise(path: Path) -> Description | None:
         facts,
         missing=("an optimizer, a schedule and a position in the data: this is a model, training starts from it",),
         problems=tuple(problems),
-        next_command=None if problems else f"write `model: {path}` into a plan, then onward check PLAN",
+        likely_cause="the download or copy was cut short" if incomplete else None,
+        next_command=_next(path, is_pickled=is_pickled) if not problems else None,
     )
+
+
+def _next(path: Path, *, is_pickled: bool) -> str:
+    if is_pickled:  # onward trains from safetensors
+        return f"onward import {path} --out DIR"
+    return f"write `model: {path}` into a plan, then onward check PLAN"

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from onward.foreign import huggingface, peft
+from onward.foreign import dcp, deepspeed, huggingface, peft, single_file, trainer
 from onward.foreign.description import Description
 
 KINDS = (
+    trainer.recognise,  # a checkpoint holds a model or an adapter, and may hold a ZeRO directory
+    deepspeed.recognise,
+    dcp.recognise,
     peft.recognise,  # before models: an adapter may lie beside a config.json
     huggingface.recognise,
+    single_file.recognise,
 )
 
 

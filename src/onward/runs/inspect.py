@@ -11,6 +11,8 @@ from onward.foreign.known import describe
 from onward.runs.directory import RunDirectory
 from onward.runs.status import status
 
+NOTHING = ("it is no run, checkpoint, output, model directory or adapter",)
+
 
 def inspect(path: Path) -> Description:
     """Describe a run, checkpoint, output, model or adapter; PlanError when there is nothing at `path`."""
@@ -22,13 +24,27 @@ def inspect(path: Path) -> Description:
         return _own(path)
     if found := describe(path):
         return found
-    inside = sorted(item.name for item in path.iterdir())[:6] if path.is_dir() else [f"{path.stat().st_size:,} bytes"]
+    return _unknown(path)
+
+
+def _unknown(path: Path) -> Description:
+    """Nothing that onward knows; a directory may hold something that it does, one level down."""
+    if path.is_file():
+        holds = [f"{path.stat().st_size:,} bytes"]
+        return Description(str(path), "not recognised", "nothing that onward knows", {"holds": holds}, missing=NOTHING)
+    inside = sorted(path.iterdir())
+    known = {item: found for item in inside[:50] if (found := describe(item)) and found.missing != NOTHING}
+    facts = {"holds": [f"{item.name} ({found.kind})" for item, found in known.items()]}
+    if not known:
+        facts = {"holds": [item.name for item in inside[:6]] or ["nothing"]}
+    first = next(iter(known), None)
     return Description(
         str(path),
-        "not recognised",
-        "nothing that onward knows",
-        {"holds": inside or "nothing"},
-        missing=("it is no run, checkpoint, output, model directory or adapter",),
+        "directory" if known else "not recognised",
+        "no checkpoint itself" if known else "nothing that onward knows",
+        facts,
+        missing=NOTHING,
+        next_command=f"onward inspect {first}" if first else None,
     )
 
 

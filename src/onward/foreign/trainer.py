@@ -1,0 +1,194 @@
+"""What Hugging Face's Trainer leaves: `checkpoint-N`, of full models and of PEFT adapters, old and new.
+
+Also what is written by tools on top of it: LLaMA-Factory, ms-swift, DeepKE, Qwen-VL's finetune.py, TRL. Read off the
+files of transformers 4.40 to 5 (src/transformers/trainer.py, `_save_checkpoint`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from onward.errors import OnwardError
+from onward.files import read_json
+from onward.foreign import deepspeed
+from onward.foreign.contents import weights_facts
+from onward.foreign.description import Description
+from onward.foreign.pickle_machine import Stub
+from onward.foreign.pickles import open_pickle
+from onward.foreign.stored import Stored, stored_in
+
+STATE = "trainer_state.json"
+STEMS = ("adapter_model", "model", "pytorch_model")
+OPTIMIZERS, FSDP = ("optimizer.pt", "optimizer.bin"), ("optimizer_0", "pytorch_model_fsdp_0")
+
+
+@dataclass(frozen=True)
+class TrainerFiles:
+    """The files of a checkpoint, read by headers. `deepspeed` is the ZeRO directory inside, where there is one; what
+    cannot be read is told in `problems` and left empty.
+    """
+
+    path: Path
+    state: Mapping[str, Any]
+    weights: Stored
+    config: Mapping[str, Any]
+    adapter: Mapping[str, Any]
+    arguments: Mapping[str, Any]
+    optimizer: Any = None
+    scheduler: Any = None
+    deepspeed: Path | None = None
+    random_states: int = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        return int(self.state.get("global_step", 0))
+
+
+def open_trainer(path: Path) -> TrainerFiles:
+    """Read everything but tensors."""
+    problems: list[str] = []
+
+    def values(name: str) -> Any:
+        try:
+            value = read_json(path / name) if name.endswith(".json") else open_pickle(path / name)
+        except OnwardError as error:
+            problems.append(str(error))
+            return {}
+        return value if isinstance(value, dict | Stub) else {}
+
+    def values_of(name: str) -> Any:
+        return values(name) if (path / name).is_file() else {}
+
+    arguments = values_of("training_args.bin")
+    optimizer = next((name for name in OPTIMIZERS if (path / name).is_file()), "")
+    weights = stored_in(path, STEMS)
+    problems += weights.problems
+    return TrainerFiles(
+        path,
+        state=values(STATE),
+        weights=weights,
+        config=values_of("config.json"),
+        adapter=values_of("adapter_config.json"),
+        arguments=plain(arguments.state) if isinstance(arguments, Stub) and isinstance(arguments.state, dict) else {},
+        optimizer=values_of(optimizer) if optimizer else None,
+        scheduler=values_of("scheduler.pt") or None,
+        deepspeed=deepspeed.find(path),
+        random_states=len(list(path.glob("rng_state*.pth"))),
+        problems=problems,
+    )
+
+
+def plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that are plain values; of an enumeration's member its value."""
+
+    def value_of(value: Any) -> Any:
+        if isinstance(value, Stub) and len(value.arguments) == 1 and isinstance(value.arguments[0], str):
+            return value.arguments[0]
+        return value
+
+    values = {name: value_of(value) for name, value in state.items() if isinstance(name, str)}
+    return {name: value for name, value in values.items() if isinstance(value, str | int | float | None)}
+
+
+def recognise(path: Path) -> Description | None:
+    """A `checkpoint-N`, or a directory of them."""
+    if not (path / STATE).is_file() or (path / "plan.lock.json").exists():
+        return _collection(path)
+    files = open_trainer(path)
+    facts: dict[str, Any] = {"step": _position(files), "base model": _base(files)}
+    if files.adapter:
+        facts["method"] = f"{files.adapter.get('peft_type')}, alpha {files.adapter.get('lora_alpha')}"
+    facts |= weights_facts(files.weights.tensors)
+    facts |= _training(files)
+    missing, cause = _missing(files)
+    weights_there = bool(files.weights.tensors) or files.deepspeed is not None
+    next_command = f"onward import {path} --plan PLAN --run RUN" if weights_there and not files.problems else None
+    if next_command and missing:
+        next_command += " (starts a new stage from weights)"
+    return Description(
+        str(path),
+        f"training checkpoint, {'PEFT adapter' if files.adapter else 'full model'}",
+        "Hugging Face Trainer" + (" with DeepSpeed" if files.deepspeed else ""),
+        facts,
+        continues_exactly=weights_there and not missing and not files.problems,
+        missing=tuple(missing),
+        likely_cause=cause,
+        problems=tuple(files.problems),
+        next_command=next_command,
+    )
+
+
+def _position(files: TrainerFiles) -> str:
+    total, epoch = files.state.get("max_steps"), files.state.get("epoch")
+    return f"{files.step} of {total}, epoch {epoch}" if total else str(files.step)
+
+
+def _base(files: TrainerFiles) -> str:
+    named = files.adapter.get("base_model_name_or_path") or files.config.get("_name_or_path")
+    kind = files.config.get("model_type")
+    return " ".join(str(part) for part in (named, f"({kind})" if kind else "") if part) or "not stated"
+
+
+def _training(files: TrainerFiles) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    if isinstance(files.optimizer, dict) and isinstance(files.optimizer.get("param_groups"), list):
+        states = files.optimizer.get("state", {})
+        slots = sorted({slot for state in states.values() if isinstance(state, dict) for slot in map(str, state)})
+        facts["optimizer"] = f"state of {len(states)} parameters ({', '.join(slots)})"
+        rates = [group.get("lr") for group in files.optimizer["param_groups"] if isinstance(group, dict)]
+        facts["next learning rates"] = list(dict.fromkeys(rates))
+    elif files.deepspeed:
+        facts["optimizer"] = f"DeepSpeed, in {files.deepspeed.name}"
+    elif any((files.path / name).exists() for name in FSDP):
+        facts["optimizer"] = "FSDP shards"
+    facts["schedule"] = "yes" if files.scheduler else "no"
+    facts["random state"] = f"of {files.random_states} ranks" if files.random_states else "no"
+    told = ("learning_rate", "lr_scheduler_type", "optim", "per_device_train_batch_size", "gradient_accumulation_steps")
+    if stated := [f"{name} {files.arguments[name]}" for name in told if name in files.arguments]:
+        facts["trained with"] = stated
+    return facts
+
+
+def _missing(files: TrainerFiles) -> tuple[list[str], str | None]:
+    missing, cause = [], None
+    if not files.weights.tensors and files.deepspeed is None:
+        missing.append("weights")
+        cause = "the upload or copy was cut short"
+    if not files.optimizer and files.deepspeed is None:
+        sharded = any((files.path / name).exists() for name in FSDP)
+        missing.append("the optimizer's state" + (" in one file: FSDP's shards are not read" if sharded else ""))
+        if sharded:
+            cause = "trained with FSDP and state_dict_type SHARDED_STATE_DICT"
+        elif files.arguments.get("save_only_model"):
+            cause = "save_only_model: true, as training_args.bin says"
+        else:
+            cause = "save_only_model: true, or only the weights were copied here"
+    if not files.scheduler and files.optimizer:
+        missing.append("the schedule (scheduler.pt)")
+    return missing, cause
+
+
+def _collection(path: Path) -> Description | None:
+    """A directory of checkpoints: the Trainer's output_dir."""
+    numbers = {
+        int(match[1]): item
+        for item in (path.iterdir() if path.is_dir() else ())
+        if (match := re.fullmatch(r"checkpoint-(\d+)", item.name)) and (item / STATE).is_file()
+    }
+    if not numbers:
+        return None
+    newest = numbers[max(numbers)]
+    facts = {"checkpoints": [numbers[number].name for number in sorted(numbers)]}
+    return Description(
+        str(path),
+        "directory of training checkpoints",
+        "Hugging Face Trainer",
+        facts,
+        missing=("one checkpoint: name it",),
+        next_command=f"onward inspect {newest}",
+    )
