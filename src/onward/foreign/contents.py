@@ -48,3 +48,8 @@ def weights_facts(tensors: Mapping[str, Lazy]) -> dict[str, Any]:
         "weights": count_dtypes([tensor.dtype for tensor in tensors.values()]),
         "parameters": f"{sum(math.prod(tensor.shape) for tensor in tensors.values()):,}",
     }
+
+
+def as_step(value: Any) -> int:
+    """A number of steps that a file states; 0 where it states none, or nonsense."""
+    return value if type(value) is int and 0 <= value < 1 << 60 else 0

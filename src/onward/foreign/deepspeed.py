@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onward.errors import DamageError, OnwardError
-from onward.foreign.contents import weights_facts
+from onward.foreign.contents import as_step, weights_facts
 from onward.foreign.description import Description
 from onward.foreign.pickle_machine import Global, Stub
 from onward.foreign.pickles import LazyTensor, open_pickle
@@ -39,7 +39,7 @@ class ZeroFiles:
 
     @property
     def step(self) -> int:
-        return int(self.model.get("global_steps") or 0)
+        return as_step(self.model.get("global_steps"))
 
 
 def find(path: Path) -> Path | None:

@@ -15,7 +15,7 @@ from typing import Any
 from onward.errors import OnwardError
 from onward.files import read_json
 from onward.foreign import deepspeed
-from onward.foreign.contents import weights_facts
+from onward.foreign.contents import as_step, weights_facts
 from onward.foreign.description import Description
 from onward.foreign.pickle_machine import Stub
 from onward.foreign.pickles import open_pickle
@@ -46,7 +46,7 @@ class TrainerFiles:
 
     @property
     def step(self) -> int:
-        return int(self.state.get("global_step", 0))
+        return as_step(self.state.get("global_step"))
 
 
 def open_trainer(path: Path) -> TrainerFiles:
