@@ -1,0 +1,22 @@
+"""Model layouts whose own code onward never runs, converted to classes that it has: one file each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from onward.foreign.layouts.internlm2 import INTERNLM2
+from onward.foreign.layouts.layout import Layout
+from onward.foreign.layouts.qwen import QWEN
+
+__all__ = ["Layout", "layout_of"]
+
+
+def layout_of(config: Mapping[str, Any]) -> Layout | None:
+    """The layout of a model by its config.json; None for one that needs no conversion, or that is not known."""
+    match config.get("model_type"):
+        case "internlm2":
+            return INTERNLM2
+        case "qwen":
+            return QWEN
+    return None

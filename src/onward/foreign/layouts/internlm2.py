@@ -1,0 +1,103 @@
+"""InternLM2 → Llama. Rows of `wqkv` are [kv head][the q heads of its group, k, v][head_dim]; w1 is the gate, w3 the
+up and w2 the down projection.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from onward.errors import InputError
+from onward.foreign.layouts.layout import Config, Converted, Layout, number, present
+from onward.foreign.layouts.rules import Part, Rows, Rule, rule
+
+
+def convert_config(config: Config, where: str) -> Converted:
+    """Llama's configuration with the same numbers. InputError for a rope scaling other than dynamic or linear."""
+    heads, width = number(config, "num_attention_heads", where), number(config, "hidden_size", where)
+    kv_heads = config.get("num_key_value_heads") or heads
+    if width % heads or heads % kv_heads:
+        raise InputError(f"{width} wide, {heads} heads, {kv_heads} key-value heads do not divide", where=where)
+    scaling, limits = rope_scaling(config, where)
+    kept = present(
+        config, "hidden_act", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype",
+        "use_cache",
+    )  # fmt: skip
+    converted: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": number(config, "vocab_size", where),
+        "hidden_size": width,
+        "intermediate_size": number(config, "intermediate_size", where),
+        "num_hidden_layers": number(config, "num_hidden_layers", where),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": width // heads,
+        "max_position_embeddings": config.get("max_position_embeddings", 2048),
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        "rope_theta": float(config.get("rope_theta", 10000)),
+        "attention_bias": bool(config.get("bias", True)),
+        "mlp_bias": False,
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        **scaling,
+        **kept,
+    }
+    return Converted(converted, limits)
+
+
+def rope_scaling(config: Config, where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Ours for theirs: both compute `dynamic` and `linear` alike."""
+    given = config.get("rope_scaling")
+    if not given:
+        return {}, ()
+    kind = given.get("type", given.get("rope_type")) if isinstance(given, dict) else None
+    factor = given.get("factor") if isinstance(given, dict) else None
+    if kind not in ("dynamic", "linear") or not isinstance(factor, (int, float)) or factor < 1:
+        raise InputError(f"rope_scaling: {given!r} cannot be converted: only dynamic and linear are known", where=where)
+    limits = ()
+    if kind == "dynamic":
+        longest = config.get("max_position_embeddings", 2048)
+        limits = (
+            f"dynamic rope beyond {longest} tokens: the original code keeps the larger table for shorter inputs that "
+            "come after a long one; here every input has its own",
+        )
+    return {"rope_scaling": {"type": kind, "rope_type": kind, "factor": float(factor)}}, limits
+
+
+def rules(config: Config, here: str = "model", head: str = "lm_head", there: str = "") -> tuple[Rule, ...]:
+    """`here` is the decoder's name in our model, `there` what stands before its names in theirs (a pattern)."""
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    group = heads // kv_heads
+    own, theirs = rf"{here}.layers.\1", rf"{there}model\.layers\.(\d+)"
+    return (
+        rule(rf"{there}model\.tok_embeddings", f"{here}.embed_tokens"),
+        rule(rf"{there}model\.norm", f"{here}.norm"),
+        rule(rf"{there}output", head),
+        Rule(
+            rf"{theirs}\.attention\.wqkv",
+            (
+                Part(f"{own}.self_attn.q_proj", Rows(kv_heads, group + 2, 0, group)),
+                Part(f"{own}.self_attn.k_proj", Rows(kv_heads, group + 2, group, group + 1)),
+                Part(f"{own}.self_attn.v_proj", Rows(kv_heads, group + 2, group + 1, group + 2)),
+            ),
+        ),
+        rule(rf"{theirs}\.attention\.wo", f"{own}.self_attn.o_proj"),
+        rule(rf"{theirs}\.feed_forward\.w1", f"{own}.mlp.gate_proj"),
+        rule(rf"{theirs}\.feed_forward\.w3", f"{own}.mlp.up_proj"),
+        rule(rf"{theirs}\.feed_forward\.w2", f"{own}.mlp.down_proj"),
+        rule(rf"{theirs}\.attention_norm", f"{own}.input_layernorm"),
+        rule(rf"{theirs}\.ffn_norm", f"{own}.post_attention_layernorm"),
+        Rule(rf"{theirs}\.attention\.rotary_emb\.inv_freq"),
+    )
+
+
+def write_files(source: Path, out: Path, config: Config, converted: Config) -> list[str]:
+    from onward.foreign.layouts.sidecars import write_generation_config
+    from onward.foreign.layouts.sentencepiece import convert_tokenizer
+
+    write_generation_config(source, out)
+    return convert_tokenizer(source, out)
+
+
+INTERNLM2 = Layout("InternLM2", "LlamaForCausalLM", convert_config, rules, write_files)

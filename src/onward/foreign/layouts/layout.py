@@ -1,0 +1,53 @@
+"""What a layout says about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onward.errors import InputError
+from onward.foreign.layouts.rules import Rule
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A configuration of ours. `limits` say where the result is not theirs: beyond a length, in training alone."""
+
+    config: dict[str, Any]
+    limits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A foreign model layout. `config` and `rules` take its config.json; `files` writes what lies beside the weights
+    into a directory (from, to, their configuration, ours) and gives notes for the report.
+    """
+
+    name: str
+    target: str
+    config: Callable[[Config, str], Converted]
+    rules: Callable[[Config], tuple[Rule, ...]]
+    files: Callable[[Path, Path, Config, Config], list[str]]
+
+
+def number(config: Config, key: str, where: str) -> int:
+    """A whole number above 0 that the configuration must have."""
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(f"{key}: {value!r} is not a number of layers, heads or widths", where=where)
+    return value
+
+
+def must_be(config: Config, key: str, expected: object, reason: str, where: str) -> None:
+    """InputError with the reason unless a key is missing or has the one value that can be converted."""
+    if config.get(key, expected) != expected:
+        raise InputError(f"{key}: {config[key]!r} cannot be converted: {reason}", where=where)
+
+
+def present(config: Config, *keys: str) -> dict[str, Any]:
+    """Those of the keys that the configuration states."""
+    return {key: config[key] for key in keys if config.get(key) is not None}

@@ -1,0 +1,24 @@
+"""The parameters of a model that a configuration describes, without its weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onward.errors import InputError
+from onward.model.families import find_family
+
+
+def parameter_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Canonical name → shape, tied tensors once. InputError where transformers refuses the configuration."""
+    import torch
+    import transformers
+
+    settings = {key: value for key, value in config.items() if key not in ("model_type", "architectures")}
+    family = find_family(config, "the converted configuration")
+    try:
+        with torch.device("meta"):
+            made = transformers.AutoConfig.for_model(config["model_type"], **settings)
+            model = getattr(transformers, family.auto_class).from_config(made)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"transformers does not build this model: {error}") from None
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
