@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from onward.foreign.layouts.internlm2 import INTERNLM2
+from onward.foreign.layouts.internvl import INTERNVL
 from onward.foreign.layouts.layout import Layout
 from onward.foreign.layouts.qwen import QWEN
 
@@ -17,6 +18,8 @@ def layout_of(config: Mapping[str, Any]) -> Layout | None:
     match config.get("model_type"):
         case "internlm2":
             return INTERNLM2
+        case "internvl_chat":
+            return INTERNVL
         case "qwen":
             return QWEN
     return None

@@ -6,20 +6,18 @@ Weights are streamed: memory holds one of their tensors and its part.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onward import __version__
 from onward.cache import cached_digest
-from onward.checkpoint.manifest import write_file
 from onward.checkpoint.tensorfile import FileRecord, TensorSpec
 from onward.errors import InputError
 from onward.files import committed_directory, digest_file, read_json, require_space, write_json
 from onward.foreign.layouts import layout_of
 from onward.foreign.layouts.gptq import unpacked
-from onward.foreign.layouts.rules import Part, Rule, placed, split_name
+from onward.foreign.layouts.rules import Part, Rule, on_disk, placed, split_name
 from onward.foreign.layouts.source import Stored, open_tensors
 from onward.weights.sharded import Pending, write_sharded
 
@@ -78,11 +76,12 @@ def import_model(source: Path, out: Path, *, shapes_of: Shapes) -> ImportReport:
             hint=f"onward inspect {source} says what it is",
         )
     require_new(out)
-    converted = layout.config(config, where)
+    converted = layout.config(config, source)
     tensors, notes = unpacked(open_tensors(source), config, source)
     left: dict[str, str] = {}
     pending = _plan(tensors, layout.rules(config), converted.config, left, source)
     _check(pending, shapes_of(converted.config), source)
+    pending = [replace(one, spec=replace(one.spec, name=on_disk(one.spec.name, layout.disk))) for one in pending]
     size = sum(tensor.spec.nbytes for tensor in pending)
     require_space(out, size, "the converted model")
     with committed_directory(out) as unfinished:
@@ -103,7 +102,6 @@ def import_model(source: Path, out: Path, *, shapes_of: Shapes) -> ImportReport:
         )
         used = sorted({tensor.file for tensor in tensors.values()} | {source / "config.json"})
         provenance = {
-            "onward": __version__,
             **report.to_json(),
             "source_files": {path.name: cached_digest(path) for path in used},
         }

@@ -12,8 +12,13 @@ from onward.foreign.layouts.layout import Config, Converted, Layout, number, pre
 from onward.foreign.layouts.rules import Part, Rows, Rule, rule
 
 
-def convert_config(config: Config, where: str) -> Converted:
-    """Llama's configuration with the same numbers. InputError for a rope scaling other than dynamic or linear."""
+def convert_config(config: Config, source: Path) -> Converted:
+    """Llama's configuration with the same numbers."""
+    return Converted(*text_config(config, str(source / "config.json")))
+
+
+def text_config(config: Config, where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Llama's configuration, and its limits. InputError for a rope scaling other than dynamic or linear."""
     heads, width = number(config, "num_attention_heads", where), number(config, "hidden_size", where)
     kv_heads = config.get("num_key_value_heads") or heads
     if width % heads or heads % kv_heads:
@@ -42,7 +47,7 @@ def convert_config(config: Config, where: str) -> Converted:
         **scaling,
         **kept,
     }
-    return Converted(converted, limits)
+    return converted, limits
 
 
 def rope_scaling(config: Config, where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -54,7 +59,7 @@ def rope_scaling(config: Config, where: str) -> tuple[dict[str, Any], tuple[str,
     factor = given.get("factor") if isinstance(given, dict) else None
     if kind not in ("dynamic", "linear") or not isinstance(factor, (int, float)) or factor < 1:
         raise InputError(f"rope_scaling: {given!r} cannot be converted: only dynamic and linear are known", where=where)
-    limits = ()
+    limits: tuple[str, ...] = ()
     if kind == "dynamic":
         longest = config.get("max_position_embeddings", 2048)
         limits = (
@@ -93,8 +98,8 @@ def rules(config: Config, here: str = "model", head: str = "lm_head", there: str
 
 
 def write_files(source: Path, out: Path, config: Config, converted: Config) -> list[str]:
-    from onward.foreign.layouts.sidecars import write_generation_config
     from onward.foreign.layouts.sentencepiece import convert_tokenizer
+    from onward.foreign.layouts.sidecars import write_generation_config
 
     write_generation_config(source, out)
     return convert_tokenizer(source, out)

@@ -23,15 +23,17 @@ class Converted:
 
 @dataclass(frozen=True)
 class Layout:
-    """A foreign model layout. `config` and `rules` take its config.json; `files` writes what lies beside the weights
-    into a directory (from, to, their configuration, ours) and gives notes for the report.
+    """A foreign model layout. `config` and `rules` take its config.json, `config` its directory too; `files` writes
+    what lies beside the weights (from, to, their configuration, ours) and gives notes for the report. `disk`: names
+    that transformers writes otherwise than it has them in memory.
     """
 
     name: str
     target: str
-    config: Callable[[Config, str], Converted]
+    config: Callable[[Config, Path], Converted]
     rules: Callable[[Config], tuple[Rule, ...]]
     files: Callable[[Path, Path, Config, Config], list[str]]
+    disk: tuple[tuple[str, str], ...] = ()
 
 
 def number(config: Config, key: str, where: str) -> int:

@@ -12,12 +12,13 @@ from onward.foreign.layouts.layout import Config, Converted, Layout, must_be, nu
 from onward.foreign.layouts.rules import Rule, rule, thirds
 
 
-def convert_config(config: Config, where: str) -> Converted:
+def convert_config(config: Config, source: Path) -> Converted:
     """Qwen2's configuration.
 
     Beyond `seq_length` the original changes its rotary base (dynamic NTK) and its queries' scale (log-n) in evaluation,
     not in training; Qwen2 does neither, so the result is stated to reach to `seq_length` where either is on.
     """
+    where = str(source / "config.json")
     heads, width = number(config, "num_attention_heads", where), number(config, "hidden_size", where)
     must_be(config, "scale_attn_weights", True, "Qwen2 always scales", where)
     must_be(config, "rotary_pct", 1.0, "Qwen2 turns the whole head", where)

@@ -83,3 +83,12 @@ def split_name(tensor: str) -> tuple[str, str]:
         if tensor.endswith(ending):
             return tensor.removesuffix(ending), ending
     return tensor, ""
+
+
+def on_disk(name: str, renames: Sequence[tuple[str, str]]) -> str:
+    """A name of ours as transformers writes it into files: the first pattern that matches applies."""
+    for pattern, replacement in renames:
+        renamed, count = re.subn(pattern, replacement, name)
+        if count:
+            return renamed
+    return name

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from onward.errors import InputError
 from onward.files import read_json, write_json
 
 GENERATION = (
@@ -30,3 +31,48 @@ def added_token(content: str, *, special: bool = True, given: Mapping[str, Any] 
     """One entry of tokenizer.json's `added_tokens`, without its id."""
     flags = {key: bool((given or {}).get(key, False)) for key in ("single_word", "lstrip", "rstrip", "normalized")}
     return {"content": content, **flags, "special": special}
+
+
+def token_ids(source: Path) -> dict[str, int]:
+    """Ids of the tokens that a directory's tokenizer files add to its vocabulary, or name in it."""
+    ids: dict[str, int] = {}
+    if (source / "tokenizer.json").is_file():
+        ids |= {token["content"]: token["id"] for token in read_json(source / "tokenizer.json").get("added_tokens", ())}
+    if (source / "added_tokens.json").is_file():
+        ids |= read_json(source / "added_tokens.json")
+    if (source / "tokenizer_config.json").is_file():
+        named = read_json(source / "tokenizer_config.json").get("added_tokens_decoder") or {}
+        ids |= {token["content"]: int(number) for number, token in named.items()}
+    return ids
+
+
+def with_images(template: str, image: str) -> str:
+    """A chat template of texts made to take contents that are lists of parts. `image`: the expression that is written
+    for an image, `flat.pictures` counts them.
+    """
+    return (
+        "{%- set flat = namespace(messages=[], text='', pictures=0) -%}"
+        "{%- for message in messages -%}"
+        "{%- if message['content'] is string -%}{%- set flat.messages = flat.messages + [message] -%}{%- else -%}"
+        "{%- set flat.text = '' -%}"
+        "{%- for part in message['content'] -%}"
+        "{%- if part['type'] == 'image' -%}"
+        "{%- set flat.pictures = flat.pictures + 1 -%}{%- set flat.text = flat.text + " + image + " -%}"
+        "{%- else -%}{%- set flat.text = flat.text + part['text'] -%}{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- set flat.messages = flat.messages + [dict(message, content=flat.text)] -%}{%- endif -%}"
+        "{%- endfor -%}"
+        "{%- set messages = flat.messages -%}" + template
+    )
+
+
+def save_native_tokenizer(source: Path, out: Path) -> list[str]:
+    """A tokenizer that transformers itself has, saved with its tokenizer.json. InputError where it cannot be loaded."""
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises a dozen kinds for a missing or foreign file
+        raise InputError(f"its tokenizer cannot be loaded ({error})", where=str(source)) from error
+    tokenizer.save_pretrained(out)
+    return [] if tokenizer.chat_template else ["it has no chat template: put one into chat_template.jinja"]

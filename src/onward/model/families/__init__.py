@@ -5,9 +5,11 @@ A family is one file with one value; a new one is listed here. What no family kn
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from onward.errors import InputError
+from onward.foreign.layouts import layout_of
 from onward.model.families.decoder import DECODER, OTHER
 from onward.model.families.family import WHOLES, Family
 from onward.model.families.internvl import INTERNVL
@@ -31,6 +33,13 @@ def find_family(config: dict[str, Any], where: str) -> Family:
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
+    if layout := layout_of(config):
+        directory = where.removesuffix("/config.json")
+        raise InputError(
+            f"is in the layout of {layout.name}, whose own code onward never runs",
+            where=where,
+            hint=f"convert it once, exactly: onward import {shlex.quote(directory)} --out DIR",
+        )
     if "auto_map" in config:
         raise InputError(
             f"model_type {model_type} needs code that comes with the model; onward never runs such code", where=where

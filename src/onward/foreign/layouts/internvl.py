@@ -1,0 +1,204 @@
+"""InternVL 1.5, 2, 2.5 and 3 chat → InternVLForConditionalGeneration, with InternLM2, Llama or Qwen2 inside.
+
+The vision tower is InternViT: 300M (LayerNorm) or 6B (RMSNorm, normed queries and keys); its `qkv` is in plain thirds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from onward.errors import InputError
+from onward.files import read_json, write_json
+from onward.foreign.layouts import internlm2
+from onward.foreign.layouts.layout import Config, Converted, Layout, must_be, number, present
+from onward.foreign.layouts.rules import Rule, rule, thirds
+from onward.foreign.layouts.sidecars import token_ids, with_images, write_generation_config
+
+NATIVE_TEXT = {
+    "llama": ("attention_bias", "mlp_bias", "head_dim"),
+    "qwen2": ("use_sliding_window", "sliding_window", "max_window_layers", "attention_dropout"),
+}
+TEXT_KEYS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
+    "rope_theta", "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype",
+)  # fmt: skip
+IMAGE = "<IMG_CONTEXT>"
+NAMES = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": IMAGE, "video_token": IMAGE}
+"""What InternVLProcessor asks its tokenizer for; these models have no token for videos."""
+MEAN, DEVIATION = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+BICUBIC = 3
+DISK = (
+    (r"^model\.language_model\.", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+    (r"^model\.(vision_tower|multi_modal_projector)\.", r"\1."),
+)
+
+
+def convert_config(config: Config, source: Path) -> Converted:
+    """InternVL's configuration. InputError for another text model, or an option that transformers' class has not."""
+    where = str(source / "config.json")
+    must_be(config, "ps_version", "v2", "the first pixel shuffle turns the patches another way", where)
+    vision, limits = _vision(config, where)
+    text, more = _text(config, source)
+    tied = bool(text.pop("tie_word_embeddings", False))
+    ids = token_ids(source)
+    if IMAGE not in ids:
+        raise InputError(f"its tokenizer has no {IMAGE}, which stands for the images", where=str(source))
+    ratio = config.get("downsample_ratio", 0.5)
+    side = vision["image_size"][0] // vision["patch_size"][0]
+    converted = {
+        "architectures": ["InternVLForConditionalGeneration"],
+        "model_type": "internvl",
+        "vision_config": vision,
+        "text_config": {**text, "tie_word_embeddings": tied},
+        "image_token_id": ids[IMAGE],
+        "image_seq_length": int(side * ratio) ** 2,
+        "downsample_ratio": ratio,
+        "projector_hidden_act": "gelu",
+        "vision_feature_layer": config.get("select_layer", -1),
+        "vision_feature_select_strategy": "default",
+        "tie_word_embeddings": tied,
+        **present(config, "torch_dtype"),
+    }
+    return Converted(converted, (*limits, *more))
+
+
+def _vision(config: Config, where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    given = config.get("vision_config")
+    if not isinstance(given, dict):
+        raise InputError("has no vision_config", where=where)
+    size, patch = config.get("force_image_size") or given.get("image_size", 224), given.get("patch_size", 14)
+    must_be(given, "image_size", size, f"the position embeddings are resized to force_image_size {size}", where)
+    normed, eps = bool(given.get("qk_normalization", True)), given.get("layer_norm_eps", 1e-6)
+    if normed and eps != 1e-6:
+        raise InputError(f"layer_norm_eps: {eps}: queries and keys are normed with 1e-6 in transformers", where=where)
+    limits: tuple[str, ...] = ()
+    if dropped := given.get("drop_path_rate"):
+        limits = (f"drop_path_rate {dropped}: InternVL in transformers drops no paths; it acts in training only",)
+    vision = {
+        "model_type": "internvl_vision",
+        "hidden_size": number(given, "hidden_size", where),
+        "num_hidden_layers": number(given, "num_hidden_layers", where),
+        "num_attention_heads": number(given, "num_attention_heads", where),
+        "intermediate_size": number(given, "intermediate_size", where),
+        "attention_bias": bool(given.get("qkv_bias", False)),
+        "use_qk_norm": normed,
+        "hidden_act": given.get("hidden_act", "gelu"),
+        "hidden_dropout_prob": given.get("dropout", 0.0),
+        "attention_dropout": given.get("attention_dropout", 0.0),
+        "projection_dropout": given.get("dropout", 0.0),
+        "norm_type": given.get("norm_type", "rms_norm"),
+        "layer_norm_eps": eps,
+        "image_size": [size, size],
+        "patch_size": [patch, patch],
+        "num_channels": given.get("num_channels", 3),
+        "use_absolute_position_embeddings": True,
+        "use_mask_token": False,
+        "use_mean_pooling": True,
+    }
+    return vision, limits
+
+
+def _text(config: Config, source: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    where = f"{source / 'config.json'}, llm_config"
+    given = config.get("llm_config")
+    kind = given.get("model_type") if isinstance(given, dict) else None
+    if isinstance(given, dict) and kind == "internlm2":
+        text, limits = internlm2.text_config(given, where)
+        return {key: value for key, value in text.items() if key != "architectures"}, limits
+    if kind not in NATIVE_TEXT or given is None:
+        raise InputError(
+            f"model_type: {kind!r} inside InternVL is not converted: only internlm2, {' and '.join(NATIVE_TEXT)} were "
+            "compared with their own code",
+            where=where,
+        )
+    return present(given, *TEXT_KEYS, *NATIVE_TEXT[kind]) | {
+        "tie_word_embeddings": bool(given.get("tie_word_embeddings", False))
+    }, ()
+
+
+def rules(config: Config) -> tuple[Rule, ...]:
+    tower, there = "model.vision_tower", r"vision_model\.encoder\.layers\.(\d+)"
+    own = rf"{tower}.encoder.layer.\1"
+    attention = f"{own}.attention"
+    projector = "model.multi_modal_projector"
+    vision = (
+        rule(r"vision_model\.embeddings\.class_embedding", f"{tower}.embeddings.cls_token"),
+        rule(r"vision_model\.embeddings\.position_embedding", f"{tower}.embeddings.position_embeddings"),
+        rule(r"vision_model\.embeddings\.patch_embedding", f"{tower}.embeddings.patch_embeddings.projection"),
+        Rule(rf"{there}\.attn\.qkv", thirds(*(f"{attention}.{part}_proj" for part in "qkv"))),
+        rule(rf"{there}\.attn\.proj", f"{attention}.projection_layer"),
+        rule(rf"{there}\.attn\.q_norm", f"{attention}.q_norm"),
+        rule(rf"{there}\.attn\.k_norm", f"{attention}.k_norm"),
+        rule(rf"{there}\.mlp\.fc1", f"{own}.mlp.fc1"),
+        rule(rf"{there}\.mlp\.fc2", f"{own}.mlp.fc2"),
+        rule(rf"{there}\.norm1", f"{own}.layernorm_before"),
+        rule(rf"{there}\.norm2", f"{own}.layernorm_after"),
+        rule(rf"{there}\.ls1", f"{own}.lambda_1"),
+        rule(rf"{there}\.ls2", f"{own}.lambda_2"),
+        rule(r"mlp1\.0", f"{projector}.layer_norm"),
+        rule(r"mlp1\.1", f"{projector}.linear_1"),
+        rule(r"mlp1\.3", f"{projector}.linear_2"),
+    )
+    if config["llm_config"]["model_type"] == "internlm2":
+        text = internlm2.rules(config["llm_config"], here="model.language_model", there=r"language_model\.")
+        return vision + text
+    return (
+        *vision,
+        Rule(r"language_model\.model\.(.*)rotary_emb\.inv_freq"),
+        rule(r"language_model\.model\.(.+)", r"model.language_model.\1"),
+        rule(r"language_model\.lm_head", "lm_head"),
+    )
+
+
+def write_files(source: Path, out: Path, config: Config, converted: Config) -> list[str]:
+    size, patches = converted["vision_config"]["image_size"][0], config.get("max_dynamic_patch", 12)
+    tiled = bool(config.get("dynamic_image_size", True))
+    given = read_json(source / "preprocessor_config.json") if (source / "preprocessor_config.json").is_file() else {}
+    image_processor = {
+        "image_processor_type": "GotOcr2ImageProcessor",
+        "processor_class": "InternVLProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": BICUBIC,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": given.get("image_mean", MEAN),
+        "image_std": given.get("image_std", DEVIATION),
+        "crop_to_patches": tiled,
+        "min_patches": config.get("min_dynamic_patch", 1),
+        "max_patches": patches,
+    }
+    write_json(out / "preprocessor_config.json", image_processor)
+    write_json(
+        out / "processor_config.json",
+        {"processor_class": "InternVLProcessor", "image_seq_length": converted["image_seq_length"]},
+    )
+    write_generation_config(source, out)
+    notes = _tokenizer(source, out, config)
+    tokenizer = read_json(out / "tokenizer_config.json")
+    write_json(out / "tokenizer_config.json", {**tokenizer, "extra_special_tokens": NAMES})
+    template = out / "chat_template.jinja"
+    if template.is_file():
+        template.write_text(with_images(template.read_text(), f"'{IMAGE}\\n'"))
+    if not tiled:
+        return [*notes, "one tile an image: its configuration has dynamic_image_size off"]
+    thumbnail = bool(config.get("use_thumbnail", True))
+    return notes if thumbnail else [*notes, "it has use_thumbnail off; here an image of several tiles gets one"]
+
+
+def _tokenizer(source: Path, out: Path, config: Config) -> list[str]:
+    if config["llm_config"]["model_type"] == "internlm2":
+        from onward.foreign.layouts.sentencepiece import convert_tokenizer
+
+        return convert_tokenizer(source, out)
+    from onward.foreign.layouts.sidecars import save_native_tokenizer
+
+    return save_native_tokenizer(source, out)
+
+
+INTERNVL = Layout("InternVL chat", "InternVLForConditionalGeneration", convert_config, rules, write_files, DISK)

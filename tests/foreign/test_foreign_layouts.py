@@ -1,0 +1,302 @@
+"""Models of foreign layouts: the samples agree with their own code's logits and ids, and what is made by the way back
+from a native model becomes that model again, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import legacy_models as legacy
+import pytest
+import torch
+from samples import SAMPLES, needs_samples
+
+from onward.errors import OnwardError
+from onward.foreign.layouts import layout_of
+from onward.foreign.layouts.convert import ImportReport, import_model
+from onward.foreign.layouts.tiktoken import PATTERN
+from onward.model.families import find_family
+from onward.model.shapes import parameter_shapes
+
+BOUND = 3e-5
+
+
+def convert(source: Path, out: Path) -> ImportReport:
+    return import_model(source, out, shapes_of=parameter_shapes)
+
+
+def loaded(directory: Path):
+    from onward.model.load import load_model
+
+    return load_model(directory, precision="fp32", device="cpu").model.eval()
+
+
+def largest(model, inputs: dict, logits: torch.Tensor) -> float:
+    with torch.no_grad():
+        found = model(**inputs).logits
+    mask = inputs.get("attention_mask", torch.ones(inputs["input_ids"].shape)).bool()
+    return float((found - logits).abs()[mask].max())
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """A sample, converted once."""
+    made: dict[str, Path] = {}
+
+    def of(name: str) -> Path:
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp("imported") / name
+            convert(SAMPLES / name, made[name])
+        return made[name]
+
+    return of
+
+
+@needs_samples
+@pytest.mark.parametrize("name", ["qwen-7b-tiny", "internlm2-tiny"])
+def test_decoder_samples_give_the_logits_of_their_own_code(imported, name: str) -> None:
+    from safetensors.torch import load_file
+
+    probe, model = load_file(SAMPLES / name / "probe.safetensors"), loaded(imported(name))
+    for kind in ("short", "left", "right", "long"):
+        if (name, kind) == ("qwen-7b-tiny", "long"):
+            continue  # beyond seq_length, as the report says
+        keys = {"input_ids", "attention_mask"}
+        inputs = {key: probe[f"{kind}.{key}"] for key in keys if f"{kind}.{key}" in probe}
+        assert largest(model, inputs, probe[f"{kind}.logits"]) < BOUND, kind
+    start = probe["greedy.input_ids"]
+    told = model.generate(start, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(told[:, -12:], probe["greedy.output_ids"][:, -12:])
+
+
+@needs_samples
+def test_the_internvl_sample_gives_the_logits_of_its_own_code(imported) -> None:
+    from PIL import Image
+    from safetensors.torch import load_file
+    from transformers import AutoImageProcessor
+
+    sample, out = SAMPLES / "internvl2-tiny", imported("internvl2-tiny")
+    probe, model = load_file(sample / "probe.safetensors"), loaded(out)
+    pixels = probe["pixel_values"]
+    seen = {"one": pixels[:1], "two": pixels, "tiles": pixels, "left": pixels, "right": pixels, "text": None}
+    for kind, images in seen.items():
+        inputs = {"input_ids": probe[f"{kind}.input_ids"], "attention_mask": probe.get(f"{kind}.attention_mask")}
+        inputs |= {"pixel_values": images}
+        given = {key: value for key, value in inputs.items() if value is not None}
+        assert largest(model, given, probe[f"{kind}.logits"]) < BOUND, kind
+    processor = AutoImageProcessor.from_pretrained(out)
+    with Image.open(sample / "image.png") as image:
+        made = processor([image.convert("RGB")], return_tensors="pt", crop_to_patches=False)["pixel_values"]
+    assert torch.equal(made, pixels[:1])
+
+
+@needs_samples
+@pytest.mark.parametrize("name", ["qwen-7b-tiny", "internlm2-tiny", "internvl2-tiny"])
+def test_sample_tokenizers_give_the_ids_of_their_own_code(imported, name: str) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(imported(name))
+    cases = json.loads((SAMPLES / name / "tokenizer_probe.json").read_text())["cases"]
+    for case in cases:
+        ids = tokenizer(case["text"]).input_ids
+        assert ids == case["ids"], case["text"]
+        told = case.get("decoded_skip_special")
+        if told is None:
+            assert tokenizer.decode(ids) == case["decoded"]
+        else:
+            assert tokenizer.decode(ids, skip_special_tokens=True) == told
+    given = json.loads((SAMPLES / name / "tokenizer_config.json").read_text()).get("chat_template")
+    talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"}]
+    if given:
+        ours = tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        assert ours == tokenizer.apply_chat_template(
+            talk, chat_template=given, tokenize=False, add_generation_prompt=True
+        )
+
+
+VARIANTS = {
+    "internlm2": partial(legacy.internlm2),
+    "internlm2: one kv head, biases, linear rope": partial(
+        legacy.internlm2, num_key_value_heads=1, attention_bias=True, scaling={"rope_type": "linear", "factor": 4.0}
+    ),
+    "internlm2: all heads, bf16, three pickles, dynamic rope, tied": partial(
+        legacy.internlm2, num_key_value_heads=6, dtype="bfloat16", shards=3, pickled=True, tie_word_embeddings=True,
+        scaling={"rope_type": "dynamic", "factor": 2.0},
+    ),
+    "qwen": partial(legacy.qwen, theirs=(("seq_length", 48),)),
+    "qwen: fp16, five files, deep": partial(legacy.qwen, dtype="float16", shards=5, num_hidden_layers=3),
+    "qwen: 4 bits": partial(legacy.qwen, quantised=4),
+    "qwen: 8 bits, pickles": partial(legacy.qwen, quantised=8, shards=2, pickled=True),
+    "internvl: 300M": partial(legacy.internvl),
+    "internvl: 6B, biases, bf16, two files": partial(
+        legacy.internvl, six_b=True, attention_bias=True, dtype="bfloat16", shards=2
+    ),
+    "internvl: one pickle, tied": partial(legacy.internvl, pickled=True, tie_word_embeddings=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_way_back_is_the_native_model_again(tmp_path: Path, variant: str) -> None:
+    native = VARIANTS[variant](tmp_path / "theirs")
+    report = convert(tmp_path / "theirs", tmp_path / "ours")
+    model = loaded(tmp_path / "ours")
+    wanted = {name: tensor for name, tensor in native.named_parameters()}
+    found = dict(model.named_parameters())
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+    ids = torch.arange(3, 60).reshape(3, 19)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, native(input_ids=ids).logits)
+    assert report.tensors == len(wanted)
+    told = json.loads((tmp_path / "ours" / "onward-import.json").read_text())
+    assert told["source_files"] and {record["path"] for record in told["files"]} >= {"config.json", "tokenizer.json"}
+
+
+def test_each_tensor_keeps_its_own_type(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    legacy.internlm2(tmp_path / "theirs", dtype="bfloat16")
+    file = tmp_path / "theirs" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({n: t.half() if "wqkv" in n else t for n, t in tensors.items()}, file)
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    types = {name: tensor.dtype for name, tensor in load_file(tmp_path / "ours" / "model.safetensors").items()}
+    assert {types[name] for name in types if "q_proj" in name or "v_proj" in name} == {torch.float16}
+    assert types["lm_head.weight"] == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", legacy.CLASSES)
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_ids(tmp_path: Path, kind: str, prefix: bool) -> None:
+    from transformers import AutoTokenizer
+
+    from onward.foreign.layouts.sentencepiece import convert_tokenizer
+
+    source, out = tmp_path / "theirs", tmp_path / "ours"
+    legacy.sentencepiece_files(source, prefix=prefix, images=True)
+    out.mkdir()
+    convert_tokenizer(source, out)
+    ours, theirs = AutoTokenizer.from_pretrained(out), legacy.slow_sentencepiece(source)
+    for text in legacy.texts(kind, 150, seed=prefix):
+        assert ours(text).input_ids == theirs(text), text
+
+
+def test_sentencepiece_that_folds_spaces(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from onward.foreign.layouts.sentencepiece import convert_tokenizer
+
+    source, out = tmp_path / "theirs", tmp_path / "ours"
+    legacy.sentencepiece_files(source, extra_spaces=True)
+    out.mkdir()
+    convert_tokenizer(source, out)
+    ours, theirs = AutoTokenizer.from_pretrained(out), legacy.slow_sentencepiece(source)
+    for kind in ("English", "spaces", "special"):
+        for text in legacy.texts(kind, 150, seed=7):
+            assert ours(text).input_ids == theirs(text), text
+
+
+@pytest.mark.parametrize("kind", legacy.CLASSES)
+def test_tiktoken_ids(tmp_path: Path, kind: str) -> None:
+    from transformers import AutoTokenizer
+
+    from onward.foreign.layouts.tiktoken import TEMPLATE, convert_tokenizer
+
+    source, out = tmp_path / "theirs", tmp_path / "ours"
+    legacy.tiktoken_files(source)
+    out.mkdir()
+    special = convert_tokenizer(source, out, chat_template=TEMPLATE)
+    ours, theirs = AutoTokenizer.from_pretrained(out), legacy.slow_tiktoken(source, special, PATTERN)
+    assert min(special.values()) == special["<|endoftext|>"] == 420
+    for text in legacy.texts(kind, 300, seed=0):
+        assert ours(text).input_ids == theirs(text), text
+
+
+def change_config(directory: Path, **changes) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+
+
+REFUSED = {
+    "a rope that nobody compared": ("internlm2", {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
+    "half of each head turned": ("qwen", {"rotary_pct": 0.5}, "rotary_pct"),
+    "biases where Qwen2 has none": ("qwen", {"no_bias": False}, "no_bias"),
+    "heads of another width": ("qwen", {"kv_channels": 8}, "kv_channels"),
+    "the first pixel shuffle": ("internvl", {"ps_version": "v1"}, "ps_version"),
+    "another text model": ("internvl", {"llm_config": {"model_type": "phi3"}}, "phi3"),
+    "another depth than the weights": ("qwen", {"num_hidden_layers": 3}, "layers.2"),
+    "another width than the weights": ("internlm2", {"intermediate_size": 96}, "80"),
+    "tied in words only": ("internlm2", {"tie_word_embeddings": True}, "tie_word_embeddings"),
+    "3 bits": ("qwen", {"quantization_config": {"quant_method": "gptq", "bits": 3}}, "3"),
+    "another packer": ("qwen", {"quantization_config": {"quant_method": "awq", "bits": 4}}, "awq"),
+}
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("originals")
+    for name in ("internlm2", "qwen", "internvl"):
+        getattr(legacy, name)(place / name)
+    return place
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_exact_is_refused_with_the_reason(originals: Path, tmp_path: Path, case: str) -> None:
+    name, changes, reason = REFUSED[case]
+    shutil.copytree(originals / name, tmp_path / "theirs")
+    change_config(tmp_path / "theirs", **changes)
+    with pytest.raises(OnwardError) as told:
+        convert(tmp_path / "theirs", tmp_path / "ours")
+    assert reason in str(told.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+def test_every_tensor_is_used_or_named(originals: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    file = originals / "qwen" / "model.safetensors"
+    tensors = load_file(file)
+    shutil.copytree(originals / "qwen", tmp_path / "theirs")
+    derived = {
+        "transformer.rotary_emb.inv_freq": torch.ones(8),
+        "transformer.h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),
+        "transformer.h.0.mlp.c_proj.bias": torch.zeros(64),
+    }
+    save_file(tensors | derived, tmp_path / "theirs" / "model.safetensors")
+    report = convert(tmp_path / "theirs", tmp_path / "ours")
+    assert set(report.left) == set(derived)
+    for name, tensor, reason in (
+        ("transformer.h.0.mlp.c_proj.bias", torch.ones(64), "not zero"),
+        ("transformer.h.0.attn.extra.weight", torch.ones(2), "no layer of this layout"),
+    ):
+        save_file({**tensors, name: tensor}, tmp_path / "theirs" / "model.safetensors")
+        with pytest.raises(OnwardError, match=reason) as told:
+            convert(tmp_path / "theirs", tmp_path / "again")
+        assert name in str(told.value)
+    del tensors["transformer.ln_f.weight"]
+    save_file(tensors, tmp_path / "theirs" / "model.safetensors")
+    with pytest.raises(OnwardError, match=r"nothing becomes model\.norm\.weight"):
+        convert(tmp_path / "theirs", tmp_path / "again")
+
+
+def test_a_run_on_a_foreign_layout_names_the_command(originals: Path) -> None:
+    for name in ("internlm2", "qwen", "internvl"):
+        config = json.loads((originals / name / "config.json").read_text())
+        assert layout_of(config)
+        with pytest.raises(OnwardError) as told:
+            find_family(config, str(originals / name / "config.json"))
+        assert f"onward import {originals / name} --out DIR" in str(told.value.hint)
+
+
+def test_an_image_in_a_chat_is_written_where_it_stands(originals: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    convert(originals / "internvl", tmp_path / "ours")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    parts = [{"type": "image"}, {"type": "text", "text": "and"}, {"type": "image"}, {"type": "text", "text": "?"}]
+    told = tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=False)
+    assert told == "<s><|im_start|>user\n<IMG_CONTEXT>\nand<IMG_CONTEXT>\n?<|im_end|>\n"
+    assert tokenizer.context_image_token == "<IMG_CONTEXT>"
