@@ -143,7 +143,7 @@ def test_the_way_back_is_the_native_model_again(tmp_path: Path, variant: str) ->
     native = VARIANTS[variant](tmp_path / "theirs")
     report = convert(tmp_path / "theirs", tmp_path / "ours")
     model = loaded(tmp_path / "ours")
-    wanted = {name: tensor for name, tensor in native.named_parameters()}
+    wanted = dict(native.named_parameters())
     found = dict(model.named_parameters())
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
