@@ -20,6 +20,7 @@ from onward.foreign.layouts.convert import ImportReport, import_model
 from onward.foreign.layouts.tiktoken import PATTERN
 from onward.model.families import find_family
 from onward.model.shapes import parameter_shapes
+from onward.runs.inspect import inspect
 
 BOUND = 3e-5
 
@@ -288,7 +289,9 @@ def test_a_run_on_a_foreign_layout_names_the_command(originals: Path) -> None:
         assert layout_of(config)
         with pytest.raises(OnwardError) as told:
             find_family(config, str(originals / name / "config.json"))
-        assert f"onward import {originals / name} --out DIR" in str(told.value.hint)
+        command = f"onward import {originals / name} --out DIR"
+        assert command in str(told.value.hint)
+        assert inspect(originals / name).next_command == command
 
 
 def test_an_image_in_a_chat_is_written_where_it_stands(originals: Path, tmp_path: Path) -> None:

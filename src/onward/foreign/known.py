@@ -6,12 +6,14 @@ from pathlib import Path
 
 from onward.foreign import dcp, deepspeed, huggingface, peft, single_file, trainer
 from onward.foreign.description import Description
+from onward.foreign.layouts import describe as layouts
 
 KINDS = (
     trainer.recognise,  # a checkpoint holds a model or an adapter, and may hold a ZeRO directory
     deepspeed.recognise,
     dcp.recognise,
     peft.recognise,  # before models: an adapter may lie beside a config.json
+    layouts.recognise,  # their config.json is transformers' too
     huggingface.recognise,
     single_file.recognise,
 )
