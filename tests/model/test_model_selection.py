@@ -120,4 +120,4 @@ def test_every_layout_of_llava_has_one_canonical_name(disk):
 
 def test_code_that_comes_with_a_model_is_refused():
     with pytest.raises(Exception, match="never runs such code"):
-        find_family({"model_type": "internlm2", "auto_map": {}}, "config.json")
+        find_family({"model_type": "baichuan", "auto_map": {}}, "config.json")
