@@ -72,7 +72,7 @@ def main() -> None:
             expect(after >= GOOD_ENOUGH, f"stage {stage} ended at {after:.1%}")
         output = f"{KILLED}/stages/2-adapt/output"
         answer = onward("evaluate", output, "--data", "data/digit-heldout.jsonl", "--metric", "exact_match", "--json")
-        kept = json.loads(answer)["exact_match"]
+        kept = json.loads(answer)["metrics"]["exact_match"]
         print(f"   after adapt, the first question is still answered right for {kept:.1%}: it was not forgotten")
         expect(kept >= GOOD_ENOUGH, f"the first question is answered right for {kept:.1%} only")
 

@@ -69,8 +69,8 @@ def answers(model: Path) -> list[tuple[str, str, str]]:
     rows = [json.loads(line) for line in lines[:: len(lines) // SHOWN][:SHOWN]]
     encoder = load_encoder(model, max_length=1024, overlong="error", loss_on="assistant", date="2026-01-01")
     loaded = load_model(model, precision="fp32", device="cpu")
-    pairs = generate_answers(loaded.model, encoder, [(row, Origin("", str(file), file.parent)) for row in rows], 48)
-    return [(row["messages"][1]["content"], expected, said) for row, (said, expected) in zip(rows, pairs, strict=True)]
+    found = generate_answers(loaded.model, encoder, [(row, Origin("", str(file), file.parent)) for row in rows], 48)
+    return [(answer.row["messages"][1]["content"], answer.accepted[0], answer.said) for answer in found]
 
 
 if __name__ == "__main__":

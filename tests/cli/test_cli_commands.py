@@ -5,6 +5,7 @@ import io
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -165,16 +166,23 @@ def test_check_hands_on_overrides_and_show(calls, monkeypatch, capsys):
 
 
 def test_evaluate(monkeypatch, capsys):
-    def evaluate_model(model, data, metrics, *, limit, max_new_tokens):
-        assert ([str(model), *map(str, data)], metrics) == (["m", "a", "b"], ["loss"])
-        return {"loss": 1.25, "limit": float(limit), "max": float(max_new_tokens)}
+    seen = []
 
-    monkeypatch.setitem(sys.modules, "onward.evaluate.command", types.SimpleNamespace(evaluate_model=evaluate_model))
+    def evaluate(model, data, metrics, **options):
+        seen.append((model, [str(path) for path in data], metrics, options))
+        return types.SimpleNamespace(lines=lambda: ["loss: 1.25"], to_json=lambda: {"metrics": {"loss": 1.25}})
+
+    monkeypatch.setitem(sys.modules, "onward.runs.evaluate", types.SimpleNamespace(evaluate=evaluate))
     words = ["evaluate", "m", "--data", "a", "--data", "b", "--limit", "3"]
     assert main(words) == 0
-    assert capsys.readouterr().out == "loss: 1.25\nlimit: 3\nmax: 64\n"
-    assert main([*words, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"loss": 1.25, "limit": 3.0, "max": 64.0}
+    assert capsys.readouterr().out == "loss: 1.25\n"
+    assert main([*words, "--metric", "f1", "--metric", "mine:f", "--out", "p.jsonl", "--base", "b", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"metrics": {"loss": 1.25}}
+    options = {"base": None, "limit": 3, "max_new_tokens": 64, "batch_size": 8, "out": None}
+    assert seen == [
+        ("m", ["a", "b"], ["loss"], options),
+        ("m", ["a", "b"], ["f1", "mine:f"], {**options, "base": "b", "out": Path("p.jsonl")}),
+    ]
 
 
 def test_no_command_shows_help_and_is_wrong_usage(capsys):

@@ -1,6 +1,7 @@
 """What a model is measured at, against transformers' own loss and a generation loop written by hand."""
 
 import json
+import math
 
 import pytest
 import tiny
@@ -11,12 +12,14 @@ from onward.data.encode import load_encoder
 from onward.data.order import Draw
 from onward.data.prepare import ResolvedSource, prepare
 from onward.errors import InputError, PlanError
-from onward.evaluate.command import evaluate_model
 from onward.evaluate.generate import generate_answers
-from onward.evaluate.measure import METRICS, better, measure
+from onward.evaluate.measure import better, measure, predict
 from onward.model.load import load_model
+from onward.plan.schema import ANSWER_METRICS, TARGET_METRICS
+from onward.runs.evaluate import evaluate
 
 NEW_TOKENS = 8
+METRICS = (*TARGET_METRICS, *ANSWER_METRICS)
 
 
 def opened(directory, *files):
@@ -93,8 +96,9 @@ def test_loss_and_accuracy_are_those_of_transformers_one_sample_at_a_time(text):
             right += int((output.logits[:, :-1].argmax(-1) == labels[:, 1:])[learnt].sum())
             targets += int(learnt.sum())
     for batch_size in (1, 4, 64):  # padding and the size of batches change nothing
-        found = measure(model, encoder, data, METRICS[:2], batch_size=batch_size, max_new_tokens=1)
+        found = measure(model, encoder, data, TARGET_METRICS, batch_size=batch_size, max_new_tokens=1)
         assert found["loss"] == pytest.approx(loss / targets, rel=1e-5)
+        assert found["perplexity"] == pytest.approx(math.exp(loss / targets), rel=1e-5)
         assert found["token_accuracy"] == right / targets
 
 
@@ -144,8 +148,12 @@ def test_answers_are_greedy_whatever_the_models_own_generation_config_says(text)
     config.eos_token_id = None  # then the template's end of turn still ends an answer
     for batch_size in (1, 4, 64):
         answers = generate_answers(model, encoder, rows_of(data), NEW_TOKENS, batch_size=batch_size)
-        assert [said for said, _ in answers] == expected
-    assert [reference for _, reference in answers] == [row["messages"][-1]["content"] for row, _ in rows_of(data)]
+        assert [answer.said for answer in answers] == expected
+    assert [answer.accepted for answer in answers] == [(row["messages"][-1]["content"],) for row, _ in rows_of(data)]
+    sorted_by_length = predict(model, encoder, data, batch_size=2, max_new_tokens=NEW_TOKENS)
+    assert [(answer.sample_id, answer.said) for answer in sorted_by_length] == [
+        (origin.sample_id, said) for (_, origin), said in zip(rows_of(data), expected, strict=True)
+    ]
 
 
 def test_exact_match_counts_the_rows_answered_to_the_letter(colours, tmp_path):
@@ -170,7 +178,8 @@ def test_the_command_measures_files_together_as_they_are_measured_in_a_run(colou
     encoder, data = opened(directory, file, file)
     model = load_model(directory, precision="fp32", device="cpu").model
     in_a_run = measure(model, encoder, data, METRICS, batch_size=8, max_new_tokens=NEW_TOKENS)
-    assert evaluate_model(directory, [file, file], METRICS, limit=None, max_new_tokens=NEW_TOKENS) == in_a_run
+    report = evaluate(str(directory), [file, file], METRICS, max_new_tokens=NEW_TOKENS)
+    assert (report.metrics, report.samples) == (in_a_run, 24)
     assert list(in_a_run) == list(METRICS)
     assert in_a_run["exact_match"] == 1.0
 
@@ -178,22 +187,71 @@ def test_the_command_measures_files_together_as_they_are_measured_in_a_run(colou
 def test_what_cannot_be_measured_is_said_before_the_model_is_loaded(tmp_path):
     file = tiny.text_data(tmp_path / "rows.jsonl", rows=2)
     with pytest.raises(PlanError, match="no metric is called bleu"):
-        evaluate_model(tmp_path / "no-model", [file], ["bleu"], limit=None, max_new_tokens=4)
+        evaluate(str(tmp_path / "no-model"), [file], ["bleu"])
     with pytest.raises(PlanError, match=r"missing\.jsonl: no such data file"):
-        evaluate_model(
-            tmp_path / "no-model", [file, tmp_path / "missing.jsonl"], ["loss"], limit=None, max_new_tokens=4
-        )
+        evaluate(str(tmp_path / "no-model"), [file, tmp_path / "missing.jsonl"], ["loss"])
+    with pytest.raises(PlanError, match="no such model directory"):
+        evaluate(str(tmp_path / "no-model"), [file], ["loss"])
+    with pytest.raises(PlanError, match=r"nowhere:f is not found"):
+        evaluate(str(tmp_path / "no-model"), [file], ["nowhere:f"])
+    with pytest.raises(PlanError, match="none of the metrics needs answers"):
+        evaluate(str(tmp_path / "no-model"), [file], ["loss"], out=tmp_path / "out.jsonl")
 
 
 def test_a_row_without_an_answer_is_named(text):
     directory, file = text
     encoder, data = opened(directory, file)
     row, origin = rows_of(data)[2]
+    model = load_model(directory, precision="fp32", device="cpu").model
     with pytest.raises(InputError, match=r"rows\.jsonl:3: no assistant turn"):
-        generate_answers(None, encoder, [({"messages": row["messages"][:1]}, origin)], NEW_TOKENS)
+        generate_answers(model, encoder, [({"messages": row["messages"][:1]}, origin)], NEW_TOKENS)
 
 
 def test_a_lower_loss_and_a_higher_share_are_better():
     assert better("loss", 0.1, 0.2) and not better("loss", 0.2, 0.1)
+    assert better("perplexity", 1.1, 1.2) and better("mine:f", 1.2, 1.1)
     assert better("exact_match", 0.2, 0.1) and not better("exact_match", 0.1, 0.2)
     assert not better("loss", 0.1, 0.1) and not better("exact_match", 0.1, 0.1)
+
+
+def test_several_answers_may_be_right_and_each_prediction_is_written(colours, tmp_path):
+    directory, file = colours
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    (tmp_path / "images").symlink_to(file.parent / "images")
+    said = [row["messages"][-1]["content"] for row in rows]  # the model knows them all
+    for row, word in zip(rows[:3], said, strict=False):
+        row["answers"] = ["none of these", word]
+    rows[3]["answers"] = ["none of these", "nor this"]
+    data, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = evaluate(str(directory), [data], ["exact_match"], max_new_tokens=NEW_TOKENS, out=out)
+    assert report.metrics == {"exact_match": 11 / 12}
+    written = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["prediction"] for row in written] == said
+    assert written[3] == {
+        "id": "rows.jsonl:4", "prediction": said[3], "accepted": ["none of these", "nor this"], "exact_match": 0.0
+    }  # fmt: skip
+    assert [row["exact_match"] for row in written] == [1.0, 1.0, 1.0, 0.0] + [1.0] * 8
+    rows[5]["answers"] = {"text": ["red"]}
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"rows\.jsonl:6: answers is not a list of texts"):
+        evaluate(str(directory), [data], ["exact_match"], max_new_tokens=NEW_TOKENS)
+
+
+def test_a_function_of_the_users_measures_too(text, tmp_path, monkeypatch):
+    directory, file = text
+    (tmp_path / "mine_metric.py").write_text(
+        "def length(prediction, reference, row):\n    return len(prediction) / len(reference)\n"
+        "def turns(prediction, reference, row):\n    return len(row['messages'])\n"
+        "def one(prediction):\n    return 1.0\n"
+        "def broken(prediction, reference, row):\n    return row['no such key']\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    report = evaluate(str(directory), [file], ["mine_metric:length", "mine_metric:turns"], max_new_tokens=NEW_TOKENS)
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert report.metrics["mine_metric:turns"] == sum(len(row["messages"]) for row in rows) / len(rows)
+    assert 0 < report.metrics["mine_metric:length"] < 2
+    with pytest.raises(PlanError, match=r"mine_metric:one is to be called with \(prediction, reference, row\)"):
+        evaluate(str(directory), [file], ["mine_metric:one"])
+    with pytest.raises(InputError, match=r"rows\.jsonl:\d: metric mine_metric:broken failed: KeyError"):
+        evaluate(str(directory), [file], ["mine_metric:broken"], max_new_tokens=NEW_TOKENS)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from onward.cli.output import show
 from onward.cli.parser import Commands, add_command, add_json
+
+MODEL = "a model, an output of a stage, an adapter, or a checkpoint of a run: RUN@STAGE/STEP"
+METRIC = (
+    "loss (default), perplexity, token_accuracy, exact_match, contains, f1, anls, or module:function; again for more"
+)
 
 
 def add_commands(commands: Commands) -> None:
@@ -30,11 +34,14 @@ def add_commands(commands: Commands) -> None:
         "measure a model on data",
         "onward evaluate runs/plan/stages/1-sft/output --data heldout.jsonl --metric exact_match",
     )
-    parser.add_argument("model", metavar="MODEL", help="a model directory")
-    parser.add_argument("--data", metavar="FILE", action="append", required=True, help="JSON lines; may be given again")
-    parser.add_argument("--metric", metavar="NAME", action="append", help="loss (default), token_accuracy, exact_match")
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
+    parser.add_argument("--data", metavar="FILE", action="append", required=True, help="may be given again")
+    parser.add_argument("--metric", metavar="NAME", action="append", help=METRIC)
+    parser.add_argument("--base", metavar="B", help="for an adapter: its base, instead of the one that it names")
     parser.add_argument("--limit", metavar="N", type=int, help="use the first N samples")
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="longest answer for exact_match")
+    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="the longest answer (64)")
+    parser.add_argument("--batch-size", metavar="N", type=int, default=8, help="samples at once (8)")
+    parser.add_argument("--out", metavar="FILE", help="write each prediction with its values, as JSON lines")
     add_json(parser)
 
 
@@ -53,17 +60,17 @@ def merge(arguments: argparse.Namespace) -> int:
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
-    from onward.evaluate.command import evaluate_model
+    from onward.runs.evaluate import evaluate as evaluate_model
 
-    values = evaluate_model(
-        Path(arguments.model),
+    report = evaluate_model(
+        arguments.model,
         [Path(path) for path in arguments.data],
         arguments.metric or ["loss"],
+        base=arguments.base,
         limit=arguments.limit,
         max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+        out=Path(arguments.out) if arguments.out else None,
     )
-    if arguments.json:
-        print(json.dumps(values))
-    else:
-        print("\n".join(f"{name}: {value:.6g}" for name, value in values.items()))
+    show(report, as_json=arguments.json)
     return 0

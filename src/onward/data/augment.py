@@ -10,13 +10,9 @@ during the call and put back after it: functions of image libraries that draw fr
 from __future__ import annotations
 
 import copy
-import importlib
 import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,23 +21,17 @@ from onward.data.images import load_image
 from onward.data.rows import read_conversation
 from onward.data.samples import Origin
 from onward.errors import InputError, PlanError
+from onward.plan.functions import find_function
 
 Augment = Callable[[dict[str, Any], random.Random], dict[str, Any]]
 
 
-@cache
 def find_augment(name: str) -> Augment:
     """The function that `module:function` names; looked for in the current directory too. Else PlanError."""
-    module_name, _, function_name = name.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise PlanError(f"augment: {name} is not found ({error})", hint="write it as module:function") from None
-    if not callable(function):
-        raise PlanError(f"augment: {name} is not a function")
-    return function  # type: ignore[no-any-return]
+        return find_function(name)
+    except PlanError as error:
+        raise PlanError(f"augment: {error.message}", hint=error.hint) from None
 
 
 def augmented(row: dict[str, Any], name: str, draw: int, origin: Origin) -> dict[str, Any]:

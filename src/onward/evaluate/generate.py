@@ -4,13 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 from onward.data.batches import collate
-from onward.data.encode import Encoder
+from onward.data.encode import Encoder, Prompt
 from onward.data.samples import BadSample, Encoded, Origin
 from onward.errors import InputError
 from onward.model.forward import evaluating
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says to a row's last assistant turn, stripped; `accepted`: what the data takes for right."""
+
+    sample_id: str
+    where: str
+    said: str
+    accepted: tuple[str, ...]
+    row: Mapping[str, Any]
 
 
 def generate_answers(
@@ -21,23 +33,40 @@ def generate_answers(
     *,
     batch_size: int = 8,
     autocast: AbstractContextManager[Any] | None = None,
-) -> list[tuple[str, str]]:
-    """(what the model says, what the data says) to each row's last assistant turn, both stripped.
+) -> list[Answer]:
+    """The answers to rows, in their order, made in batches of that order.
 
     Greedy, at most `max_new_tokens` tokens, until the model or the template ends the turn. InputError for a row that
     has no such turn.
     """
-    prompts = []
-    for row, origin in rows:
-        try:
-            prompts.append(encoder.prompt(row, origin))
-        except BadSample as error:
-            raise InputError(error.reason, where=error.where) from None
-    said: list[str] = []
+    answers: list[Answer] = []
     with evaluating(model, autocast):
-        for begin in range(0, len(prompts), batch_size):
-            said += _generate(model, encoder, [p.inputs for p in prompts[begin : begin + batch_size]], max_new_tokens)
-    return [(text, prompt.answer.strip()) for text, prompt in zip(said, prompts, strict=True)]
+        for begin in range(0, len(rows), batch_size):
+            batch = rows[begin : begin + batch_size]
+            prompts = [_prompt(encoder, row, origin) for row, origin in batch]
+            said = _generate(model, encoder, [prompt.inputs for prompt in prompts], max_new_tokens)
+            answers += [
+                Answer(origin.sample_id, origin.where, text, _accepted(row, prompt, origin), row)
+                for text, prompt, (row, origin) in zip(said, prompts, batch, strict=True)
+            ]
+    return answers
+
+
+def _prompt(encoder: Encoder, row: Mapping[str, Any], origin: Origin) -> Prompt:
+    try:
+        return encoder.prompt(row, origin)
+    except BadSample as error:
+        raise InputError(error.reason, where=error.where) from None
+
+
+def _accepted(row: Mapping[str, Any], prompt: Prompt, origin: Origin) -> tuple[str, ...]:
+    """A row's `answers`, or else its last assistant turn."""
+    given = row.get("answers")
+    if given is None:
+        return (prompt.answer.strip(),)
+    if not isinstance(given, list) or not given or not all(isinstance(answer, str) for answer in given):
+        raise InputError("answers is not a list of texts, all of which are right", where=origin.where)
+    return tuple(answer.strip() for answer in given)
 
 
 def _generate(model: Any, encoder: Encoder, samples: Sequence[Encoded], max_new_tokens: int) -> list[str]:

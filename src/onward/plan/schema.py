@@ -16,6 +16,15 @@ Count = Annotated[int, Field(ge=1)]
 LORA_KEYS = ("rank", "alpha", "dropout", "targets")
 
 
+TARGET_METRICS = ("loss", "perplexity", "token_accuracy")
+ANSWER_METRICS = ("exact_match", "contains", "f1", "anls")
+Metric = Annotated[
+    Literal["loss", "perplexity", "token_accuracy", "exact_match", "contains", "f1", "anls"]
+    | Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$", description="module:function of yours")],
+    Field(union_mode="left_to_right"),
+]
+
+
 class Strict(BaseModel):
     """Unknown keys are errors; values are not changed after loading."""
 
@@ -91,10 +100,12 @@ class Evaluate(Strict):
     """Measured at the stage's start and end, and every so many steps between."""
 
     data: tuple[Source, ...] = Field(min_length=1)
-    metrics: tuple[Literal["loss", "token_accuracy", "exact_match"], ...] = Field(("loss",), min_length=1)
+    metrics: tuple[Metric, ...] = Field(
+        ("loss",), min_length=1, description="the first decides what is best; docs/measuring.md defines them"
+    )
     every: Count | None = Field(None, description="steps")
     limit: Count | None = Field(None, description="use the first so many samples")
-    max_new_tokens: Count = Field(64, description="exact_match: longest answer that is generated")
+    max_new_tokens: Count = Field(64, description="the longest answer that is generated")
 
 
 class EarlyStopping(Strict):

@@ -114,6 +114,8 @@ def expected(schema: dict[str, Any]) -> str:
             return "a number" + _bounds(schema)
         case {"type": "string", "pattern": _, "maxLength": longest}:
             return f"a name of at most {longest} letters, digits, _ and -"
+        case {"type": "string", "pattern": _, "description": words}:
+            return str(words)
         case {"type": "string"}:
             return "a text"
         case {"type": "array", "prefixItems": items}:

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from onward.cache import cached_digest
 from onward.errors import InputError
+from onward.files import canonical_json, digest_bytes
 from onward.model.directory import fingerprint_model
+from onward.plan.functions import source_digest
 from onward.plan.lock import Extension, Lock, extensions_of
+from onward.plan.schema import Evaluate
 from onward.runs.resolve import Resolved, ResolvedStage
 from onward.train.schedule import Horizon, horizon
 from onward.weights.sidecars import sidecars
@@ -125,6 +128,16 @@ def content_of(resolved: Resolved, inputs: Mapping[str, StageInputs]) -> Content
         **fingerprint_model(model, resolved.model.files),
         "data": {name: stage.data.fingerprint for name, stage in inputs.items()},
         "encoding": {name: stage.encoder.fingerprint for name, stage in inputs.items()},
-        "evaluation": {name: stage.evaluation.fingerprint for name, stage in inputs.items() if stage.evaluation},
+        "evaluation": {
+            stage.name: _evaluation_print(stage.evaluate, data)
+            for stage in plan.stages
+            if stage.evaluate and (data := inputs[stage.name].evaluation)
+        },
     }
     return Content(fingerprints, files)
+
+
+def _evaluation_print(plan: Evaluate, data: StageData) -> str:
+    """What a stage is measured on, and the functions of the user's by which."""
+    sources = {metric: source_digest(metric) for metric in plan.metrics if ":" in metric}
+    return digest_bytes(canonical_json([data.fingerprint, sources])) if sources else data.fingerprint

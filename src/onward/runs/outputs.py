@@ -20,6 +20,7 @@ from onward.runs.directory import START, RunDirectory
 if TYPE_CHECKING:
     import torch
 
+    from onward.checkpoint.read import Checkpoint
     from onward.model.selection import LoraLayer
     from onward.model.trainable import Carried
 
@@ -106,6 +107,18 @@ def carried_from(directory: Path | None) -> Carried:
     layers: list[LoraLayer] = adapter_layers(config, lora, str(directory / ADAPTER_CONFIG))
     tensors = {name if ".lora_" in name else name.removeprefix(PEFT_PREFIX): tensor for name, tensor in stored.items()}
     return Carried(layers, tensors)
+
+
+def beside_base(start: Start, checkpoint: Checkpoint) -> Carried:
+    """What makes, beside a stage's base, the model of one of its checkpoints: carried or trained by then."""
+    from onward.model.adapters import adapter_layers
+    from onward.model.trainable import Carried
+
+    carried, own = carried_from(start.adapters), checkpoint.adapter()
+    layers = adapter_layers(own.config, list(own.tensors), str(checkpoint.directory)) if own else []
+    known = {layer.layer for layer in layers}
+    layers += [layer for layer in carried.layers if layer.layer not in known]
+    return Carried(layers, {**carried.tensors, **checkpoint.weights(), **(own.tensors if own else {})})
 
 
 def as_peft(

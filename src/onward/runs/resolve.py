@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from onward.errors import OnwardError, PlanError
 from onward.model.directory import ModelDirectory, open_model_directory
 from onward.model.selection import LoraLayer, Selection, looks_linear, select
+from onward.plan.functions import require_arguments
 from onward.plan.load import LoadedPlan
 from onward.plan.schema import Source, Stage
 
@@ -68,6 +69,7 @@ def resolve(loaded: LoadedPlan, starts: Collection[str] = ()) -> Resolved:
             measured = tuple(
                 _source(loaded, s, ("stages", number, "evaluate", "data", i)) for i, s in enumerate(evaluation)
             )
+            _require_metrics(stage, loaded.where("stages", number, "evaluate", "metrics"))
             stages.append(ResolvedStage(stage, selection, sources, measured))
         except PlanError as error:
             problems.append(str(error))
@@ -122,6 +124,16 @@ def _source(loaded: LoadedPlan, source: Source, key: tuple[str | int, ...]) -> R
     if not path.is_file():
         raise PlanError(f"no such data file: {path}", where=loaded.where(*key))
     return ResolvedSource(path, source.repeat, source.augment, source.fingerprint)
+
+
+def _require_metrics(stage: Stage, where: str) -> None:
+    """The functions of the user's by which a stage is measured must be there."""
+    for metric in stage.evaluate.metrics if stage.evaluate else ():
+        if ":" in metric:
+            try:
+                require_arguments(metric, "prediction", "reference", "row")
+            except PlanError as error:
+                raise PlanError(error.message, where=where, hint=error.hint) from None
 
 
 def _fits_what_is_carried(selection: Selection, carried: Mapping[str, LoraLayer], where: Mapping[str, str]) -> None:

@@ -24,7 +24,7 @@ from onward.plan.lock import Lock
 from onward.runs.directory import RunDirectory, checkpoint_name
 from onward.runs.inputs import StageInputs
 from onward.runs.journal import newest_rows, read_metrics, write_event
-from onward.runs.outputs import Start, carried_from, content_fingerprint, start_of
+from onward.runs.outputs import Start, beside_base, content_fingerprint, start_of
 from onward.train.progress import Progress
 from onward.weights.merge import merge, merge_bytes
 
@@ -134,23 +134,18 @@ def _link(source: Path, target: Path) -> None:
 
 def _merge(checkpoint: Checkpoint, start: Start, target: Path, run_id: str) -> Manifest:
     """The model that a checkpoint makes of its stage's start: all that is trained or carried folded in."""
-    from onward.model.adapters import adapter_layers, lora_config
+    from onward.model.adapters import lora_config
 
-    carried, own, weights = carried_from(start.adapters), checkpoint.adapter(), checkpoint.weights()
-    trained = {**weights, **(own.tensors if own else {})}
-    layers = adapter_layers(own.config, list(own.tensors), str(checkpoint.directory)) if own else []
-    known = {layer.layer for layer in layers}
-    layers += [layer for layer in carried.layers if layer.layer not in known]
-    tensors = {**carried.tensors, **trained}
-    adapters = {name: tensor for name, tensor in tensors.items() if ".lora_" in name}
+    beside = beside_base(start, checkpoint)
+    adapters = {name: tensor for name, tensor in beside.tensors.items() if ".lora_" in name}
     base = open_model_directory(start.base)
     require_space(target, merge_bytes(base.path), "the weights that the stage begins from")
     target.mkdir(parents=True)
     report = merge(
         base.path,
         target,
-        adapter=Adapter(lora_config(layers, None), adapters) if layers else None,
-        full={name: tensor for name, tensor in tensors.items() if name not in adapters},
+        adapter=Adapter(lora_config(beside.layers, None), adapters) if beside.layers else None,
+        full={name: tensor for name, tensor in beside.tensors.items() if name not in adapters},
         to_canonical=base.family.to_canonical,
     )
     manifest = Manifest(

@@ -1,0 +1,110 @@
+"""A model to use, by any name that a user has for it: a directory, an output, an adapter, a checkpoint of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from onward.checkpoint.manifest import MANIFEST, read_manifest
+from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS
+from onward.checkpoint.tensorfile import read_header
+from onward.errors import DamageError, PlanError
+from onward.files import read_json, read_jsonl
+from onward.model.directory import open_model_directory
+from onward.plan.load import plan_from
+from onward.plan.lock import locked_plan, plan_values
+from onward.runs.begin import open_lock, plan_file
+from onward.runs.directory import RunDirectory
+from onward.runs.outputs import Start, beside_base, start_of, verified_output
+from onward.runs.reference import Reference, find_checkpoint, parse_reference
+from onward.runs.resolve import model_directory
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a name stands for, nothing of it loaded: the model `base`, and an `adapter` or a `checkpoint` beside it.
+
+    `base` holds the tokenizer and the chat template too.
+    """
+
+    base: Path
+    adapter: Path | None = None
+    start: Start | None = None
+    checkpoint: Reference | None = None
+
+
+def find_model(name: str, base: str | None = None) -> Named:
+    """What `name` stands for. `base`: for an adapter, instead of the base that it names.
+
+    PlanError when there is nothing of that name; DamageError for an output whose bytes are not what was written.
+    """
+    path = Path(name)
+    if not path.exists():
+        if "@" not in name:
+            raise PlanError("no such model directory", where=name, hint="RUN@STAGE/STEP names a checkpoint of a run")
+        return _of_run(parse_reference(name))
+    if RunDirectory(path).lock.is_file():
+        raise PlanError("is a run, which has a model for each stage", where=name, hint=_choices(path))
+    if (path / MANIFEST).is_file():
+        manifest = read_manifest(path)
+        if manifest.kind == "checkpoint":
+            return _of_run(Reference(path.absolute().parents[3], manifest.stage, manifest.step))
+        verified_output(path)
+    if not (path / ADAPTER_CONFIG).is_file():
+        open_model_directory(path)
+        return Named(path)
+    named = base or read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+    for found in (Path(named), path / named) if named else ():  # a run names its own outputs relatively
+        if (found / "config.json").is_file():
+            return Named(found, adapter=path)
+    reason = f"names {named} as its base, which is no directory here" if named else "names no base"
+    raise PlanError(reason, where=name, hint="give it with --base DIR")
+
+
+def _choices(path: Path) -> str:
+    names = [stage.name for stage in locked_plan(open_lock(RunDirectory(path))).stages]
+    there = [RunDirectory(path).output(names, name) for name in names]
+    return f"name {next((str(o) for o in reversed(there) if o.exists()), f'a checkpoint: {path}@{names[0]}/last')}"
+
+
+def _of_run(reference: Reference) -> Named:
+    run = RunDirectory(reference.run)
+    find_checkpoint(reference)
+    lock = open_lock(run)
+    loaded = plan_from(plan_values(locked_plan(lock)), {}, plan_file(run, read_jsonl(run.journal)))
+    names = [stage.name for stage in loaded.plan.stages]
+    start = start_of(run, lock, names, names.index(reference.stage), model_directory(loaded))
+    return Named(start.base, start=start, checkpoint=reference)
+
+
+def load_named(named: Named, *, precision: str, device: str) -> Any:
+    """The transformers model, adapters beside it. DamageError where base and adapter do not fit."""
+    from onward.model.load import load_model
+    from onward.model.selection import Selection
+    from onward.model.trainable import make_trainable
+
+    loaded = load_model(named.base, precision=precision, device=device)
+    if named.checkpoint and named.start:
+        checkpoint = find_checkpoint(named.checkpoint)
+        if checkpoint.manifest.base != named.start.fingerprint:
+            raise DamageError("was trained on another base than the one that is there", where=str(named.checkpoint))
+        beside = beside_base(named.start, checkpoint)
+        return make_trainable(loaded, Selection({}, (), (), ()), beside, seed=0, stage="").model.eval()
+    return (_with_adapter(loaded.model, named.adapter) if named.adapter else loaded.model).eval()
+
+
+def _with_adapter(model: Any, adapter: Path) -> Any:
+    """PEFT puts its own form in place; what it leaves out in silence is an error."""
+    from peft import PeftModel, get_peft_model_state_dict
+
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise DamageError(
+            f"PEFT cannot put it on this base: {str(error).splitlines()[0]}", where=str(adapter)
+        ) from None
+    entries, _ = read_header(adapter / ADAPTER_TENSORS)
+    if odd := set(get_peft_model_state_dict(wrapped)) ^ set(entries):
+        raise DamageError(f"{len(odd)} tensors have no place in this base, first {min(odd)}", where=str(adapter))
+    return wrapped.get_base_model()
