@@ -212,12 +212,12 @@ def test_workers_are_out_of_reach_of_ctrl_c(encoder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         augmentations, "shout", lambda sample, rng: {**sample, "messages": ask("?", str(os.getpgid(0)))["messages"]}
     )
-    from onward.data.augment import find_augment
+    from onward.plan.functions import find_function
 
-    find_augment.cache_clear()
+    find_function.cache_clear()
     data = prepared(tmp_path, encoder, ROWS[:1], augment="augmentations:shout")
     (batch,) = batches(data, encoder, last=1, workers=1)
-    find_augment.cache_clear()
+    find_function.cache_clear()
     micro = batch.micro_batches[0]
     group = encoder.tokenizer.decode(micro["input_ids"][micro["labels"] != -100]).removesuffix("<|im_end|>")
     assert group.isdigit() and int(group) != os.getpgid(0) and signal.getsignal(signal.SIGINT)
