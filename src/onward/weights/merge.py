@@ -210,14 +210,14 @@ def _changed(path: Path, entry: TensorEntry, change: Change, adapter: Mapping[st
     dtype = torch_dtype(entry.dtype)
     if change.lora:
         wide = torch.promote_types(dtype, torch.float32)
-        value = _addition(change.lora, adapter, entry.shape, where).to(wide).add_(value.to(wide))
+        value = addition(change.lora, adapter, entry.shape, where).to(wide).add_(value.to(wide))
     value = value.to(dtype)
     if not value.isfinite().all():
         raise InputError(f"the merged weight is not finite in {entry.dtype}", where=where)
     return value
 
 
-def _addition(lora: Lora, adapter: Mapping[str, torch.Tensor], shape: tuple[int, ...], where: str) -> torch.Tensor:
+def addition(lora: Lora, adapter: Mapping[str, torch.Tensor], shape: tuple[int, ...], where: str) -> torch.Tensor:
     """`scale * (B @ A)` in fp32, in PEFT's order of operations, so that the bits are PEFT's."""
     a, b = adapter[lora.a], adapter[lora.b]
     rows, columns = reversed(shape) if lora.embedding and len(shape) == 2 else (*shape, 0)[:2]

@@ -11,6 +11,8 @@ from onward.weights.shards import INDEX, SINGLE
 KINDS = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".bpe", ".vocab", ".py"}
 TEMPLATES = "additional_chat_templates"
 LEFT = {
+    "assembly.json",
+    "parts.json",
     MANIFEST,
     "adapter_config.json",
     "trainer_state.json",

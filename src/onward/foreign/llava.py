@@ -1,0 +1,89 @@
+"""LLaVA's own files (Liu et al., 2023): `mm_projector.bin` of its first stage, `non_lora_trainables.bin` of its LoRA
+stage, and its model directories, in which the projector lies among the language model's tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from onward.errors import InputError
+
+VISION = r"(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?"
+PROJECTOR = r"(?:model\.)?mm_projector\."
+WRAPPER = r"^(?:base_model\.model\.)?"  # PEFT's, which non_lora_trainables.bin has in its names
+
+
+def is_llava(names: Iterable[str]) -> bool:
+    """Does a file hold LLaVA's own projector?"""
+    return any(re.match(WRAPPER + PROJECTOR, name) for name in names)
+
+
+def own_name(name: str) -> tuple[str, str]:
+    """Module of a tensor, and its name there."""
+    bare = re.sub(WRAPPER, "", name)
+    for pattern, module in ((PROJECTOR, "projector"), (VISION, "vision_tower")):
+        if match := re.match(pattern, bare):
+            return module, ("mm_projector." if module == "projector" else "") + bare[match.end() :]
+    return "language_model", bare
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a configuration of LLaVA's own states, in transformers' words."""
+    stated: dict[str, Any] = {}
+    if isinstance(layer := config.get("mm_vision_select_layer"), int):
+        stated["vision_feature_layer"] = layer
+    if feature := config.get("mm_vision_select_feature", "patch" if stated else None):
+        stated["vision_feature_select_strategy"] = {"patch": "default", "cls_patch": "full"}[feature]
+    return stated
+
+
+def is_llava_config(config: Mapping[str, Any]) -> bool:
+    return "mm_projector_type" in config or "mm_vision_tower" in config or "mm_hidden_size" in config
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The language model's part of a configuration of LLaVA's own, whose classes extend the language model's."""
+    kinds = {"llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+    kind = config.get("model_type")
+    if kind not in kinds:
+        raise InputError(
+            f"model_type {kind!r}: the language model inside is none that onward knows", where="config.json"
+        )
+    rest = {key: value for key, value in config.items() if not key.startswith(("mm_", "tune_mm", "freeze_mm"))}
+    return {**rest, "model_type": kinds[kind]}
+
+
+INTERNVL = {
+    f"mlp1.{number}.{kind}": f"{layer}.{kind}"
+    for number, layer in ((0, "layer_norm"), (1, "linear_1"), (3, "linear_2"))
+    for kind in ("weight", "bias")
+}
+LAYERS = re.compile(r"^(?:(?:model|mm_projector)\.)?(?:(\d+)\.)?(weight|bias)$")
+
+
+def projector_names(names: Iterable[str], where: str) -> dict[str, str]:
+    """transformers' names of a projector's tensors, by the names in XTuner's or LLaVA's numbering (`model.0.weight`,
+    `mm_projector.2.bias`; activations stand between) or in transformers' own.
+
+    InputError for a projector of another depth than two, with the reason.
+    """
+    names = list(names)
+    if all(name in INTERNVL for name in names):
+        return {name: INTERNVL[name] for name in names}
+    own = [re.sub(r"^(?:model\.)?multi_modal_projector\.", "", name) for name in names]
+    if all(re.match(r"^(?:linear_[12]|layer_norm)\.(?:weight|bias)$", name) for name in own):
+        return dict(zip(names, own, strict=True))
+    found = {name: match for name in names if (match := LAYERS.match(name))}
+    if odd := [name for name in names if name not in found]:
+        raise InputError(f"{odd[0]} is no tensor of a projector that onward knows", where=where)
+    numbers = sorted({int(match[1] or 0) for match in found.values()})
+    if len(numbers) != 2:
+        raise InputError(
+            f"a projector of depth {len(numbers)}: transformers' LLaVA class has exactly two linear layers with one "
+            "activation between, so it cannot hold this one",
+            where=where,
+            hint="train a projector of depth 2, or keep using this one with the tool that made it",
+        )
+    return {name: f"linear_{numbers.index(int(match[1] or 0)) + 1}.{match[2]}" for name, match in found.items()}

@@ -1,0 +1,76 @@
+"""Any tool's file or directory of weights as pieces: named tensors that are read when their turn comes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS, Adapter
+from onward.checkpoint.tensorfile import TensorSpec, read_header
+from onward.errors import DamageError, InputError, PlanError
+from onward.files import read_json
+from onward.foreign.layouts.source import PICKLE, PICKLE_INDEX, open_tensors
+from onward.foreign.pickles import LazyTensor, is_pickle, read_state_dict
+from onward.weights.lora import TensorFile
+from onward.weights.pieces import Piece, stored_pieces
+from onward.weights.shards import INDEX, SINGLE, Shard
+
+ADAPTER_BIN = "adapter_model.bin"
+
+
+class LazyTensors(Mapping[str, Any]):
+    """Tensors of a pickle by name, each read when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> Any:
+        return self._tensors[name].read()
+
+    def __iter__(self) -> Any:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def pickled_pieces(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, Piece]:
+    """The tensors of a pickle, which lies at `path`."""
+    return {name: Piece(tensor.dtype, tensor.shape, str(path), tensor.read) for name, tensor in tensors.items()}
+
+
+def has_weights(directory: Path) -> bool:
+    return any((directory / name).exists() for name in (SINGLE, INDEX, PICKLE, PICKLE_INDEX))
+
+
+def model_pieces(directory: Path) -> dict[str, Piece]:
+    """Every tensor of a model directory, in the order of its files."""
+    return {
+        name: Piece(stored.dtype, stored.shape, str(stored.file), stored.read)
+        for name, stored in open_tensors(directory).items()
+    }
+
+
+def file_pieces(path: Path) -> dict[str, Piece]:
+    """The tensors of one file that holds tensors by name and nothing else."""
+    if path.suffix == ".safetensors":
+        return stored_pieces([Shard(path, *read_header(path))])
+    if is_pickle(path):
+        return pickled_pieces(read_state_dict(path), path)
+    raise PlanError("is neither safetensors nor a file that torch.save wrote", where=str(path))
+
+
+def any_adapter(directory: Path) -> tuple[Adapter, dict[str, TensorSpec]]:
+    """The PEFT adapter in a directory, in safetensors or `.bin`, and the types and shapes of its tensors."""
+    config = read_json(directory / ADAPTER_CONFIG)
+    if not isinstance(config, dict):
+        raise InputError("is not a JSON object", where=str(directory / ADAPTER_CONFIG))
+    if (directory / ADAPTER_TENSORS).exists():
+        entries, _ = read_header(directory / ADAPTER_TENSORS)
+        return Adapter(config, TensorFile(directory / ADAPTER_TENSORS)), dict(entries)
+    if (directory / ADAPTER_BIN).exists():
+        lazy = read_state_dict(directory / ADAPTER_BIN)
+        specs = {name: TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in lazy.items()}
+        return Adapter(config, LazyTensors(lazy)), specs
+    raise DamageError(f"has neither {ADAPTER_TENSORS} nor {ADAPTER_BIN}", where=str(directory))

@@ -1,0 +1,131 @@
+"""`onward assemble --base`: a whole model with other modules, or with what was trained over its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from onward.errors import InputError
+from onward.files import committed_directory, read_json, require_space, write_json
+from onward.foreign import llava
+from onward.foreign.converted import converted
+from onward.foreign.layouts import Layout, layout_of
+from onward.foreign.layouts.rules import on_disk
+from onward.foreign.pieces import model_pieces
+from onward.model.assembly import EMBEDDING, finished, main_dtype, without_buffers, without_tied_head
+from onward.model.families import find_family
+from onward.model.families.family import WHOLES
+from onward.model.partition import into_whole
+from onward.model.shapes import parameter_shapes
+from onward.model.workshop import Request, Settings, Workshop
+from onward.weights.assemble import AssemblyReport, Part, check_assignment, specs_of
+from onward.weights.pieces import Piece, Pieces
+from onward.weights.shards import INDEX
+from onward.weights.sidecars import copy_sidecars
+from onward.weights.split import PARTS, part_pieces
+
+INTERNVL_CHAT = {"language_model": "language_model.", "vision_tower": "vision_model.", "projector": "mlp1."}
+
+
+@dataclass(frozen=True)
+class Naming:
+    """`inside`: what the whole calls a module's tensor (module, its name there); `owner`: the module of such a name."""
+
+    inside: Callable[[str, str], str]
+    owner: Callable[[str], str]
+
+
+def over_base(request: Request, out: Path) -> AssemblyReport:
+    """Write `request.base` into `out`, with the modules that are given in the place of its own, and what was trained
+    over modules added: in a layout that transformers has, whichever the base has.
+    """
+    assert request.base is not None
+    base, shop = request.base, Workshop(request, Settings(request.settings))
+    config = read_json(base / "config.json")
+    layout = layout_of(config)
+    stored = part_pieces(base) if (base / PARTS).is_file() else model_pieces(base)
+    names: dict[str, str] = {}
+    if layout is None:
+        family = find_family(config, str(base / "config.json"))
+        names = family.canonical_names(stored, str(base))
+        names |= {disk: disk for disk in stored if disk not in names.values()}  # buffers stay as they are
+        pieces = {canonical: stored[disk] for canonical, disk in names.items()}
+        naming = Naming(partial(into_whole, family), lambda name: family.whole(name) or "language_model")
+    else:
+        pieces = without_buffers(stored, shop.left_out)
+        naming = _foreign(config)
+    for module in WHOLES:
+        if module in request.modules:
+            pieces |= _replacement(shop, pieces, module, naming)
+        pieces = shop.trained(pieces, module, base, partial(naming.inside, module))
+    shop.check_all_used()
+    shop.settings.check_all_used()
+    require_space(out, sum(spec.nbytes for spec in specs_of([Part("", pieces)], request.dtype).values()), "the model")
+    with committed_directory(out) as unfinished:
+        if layout is None:
+            copy_sidecars(base, unfinished)
+            (unfinished / INDEX).unlink(missing_ok=True)
+            ours = dict(config)
+            written = {names[canonical]: piece for canonical, piece in pieces.items()}
+        else:
+            ours, written = _convert(shop, layout, config, pieces)
+            layout.files(base, unfinished, config, ours)
+        parts = [Part(owner_of_ours, {n: written[n] for n in mine}) for owner_of_ours, mine in _grouped(written, ours)]
+        if request.dtype or layout:
+            ours = {**ours, "dtype": main_dtype(parts, request.dtype)}
+            ours.pop("torch_dtype", None)
+        (unfinished / "config.json").unlink(missing_ok=True)
+        write_json(unfinished / "config.json", ours)
+        return finished(unfinished, shop, parts)
+
+
+def _foreign(config: dict[str, Any]) -> Naming:
+    """The names of a layout of foreign code: a language model's alone, or InternVL's."""
+    if "vision_config" not in config:
+        return Naming(lambda module, name: name, lambda name: "language_model")
+
+    def inside(module: str, name: str) -> str:
+        return name if module == "projector" else INTERNVL_CHAT[module] + name
+
+    return Naming(inside, lambda name: next(m for m, prefix in INTERNVL_CHAT.items() if name.startswith(prefix)))
+
+
+def _replacement(shop: Workshop, pieces: Pieces, module: str, naming: Naming) -> dict[str, Piece]:
+    """All of a module from another place. InputError unless it has exactly the tensors that the base has there."""
+    path = shop.request.modules[module]
+    given = without_buffers(shop.open(path, module).pieces(module), shop.left_out)
+    expected = {name: piece.shape for name, piece in pieces.items() if naming.owner(name) == module}
+    if not expected:
+        raise InputError(f"has no {module}", where=str(shop.request.base))
+    if module == "projector" and not any(name.startswith("mlp1.") for name in expected):
+        names = llava.projector_names(given, str(path))
+        given = {names[name]: piece for name, piece in given.items()}
+    new = {naming.inside(module, name): piece for name, piece in given.items()}
+    check_assignment(expected, [Part(module, new)])
+    return new
+
+
+def _convert(
+    shop: Workshop, layout: Layout, config: dict[str, Any], pieces: Pieces
+) -> tuple[dict[str, Any], dict[str, Piece]]:
+    """Configuration and tensors (by their names in files) of a foreign base in transformers' layout."""
+    assert shop.request.base is not None
+    ours = layout.config(config, shop.request.base).config
+    canonical = converted(pieces, layout.rules(config), shop.left_out)
+    expected = parameter_shapes(ours)
+    embedding = next((name for name in canonical if name.endswith("embed_tokens.weight")), EMBEDDING)
+    canonical = without_tied_head(canonical, expected, shop.left_out, embedding)
+    check_assignment(expected, [Part("", canonical)])
+    return dict(ours), {on_disk(name, layout.disk): piece for name, piece in canonical.items()}
+
+
+def _grouped(names: Pieces, config: dict[str, Any]) -> list[tuple[str, list[str]]]:
+    """Names in files by module, each group in the order that it has."""
+    family = find_family(config, "config.json")
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(family.whole(family.to_canonical(name)) or "language_model", []).append(name)
+    return list(groups.items())
