@@ -1,0 +1,190 @@
+"""Every family with every method: killed in each stage and bit for bit the same, merged, and opened by transformers.
+
+docs/models.json says what holds; a test that passes is held to what it says there. RECORD=1 writes it instead, and
+docs/make_models_md.py makes the page of it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from harness import KILLED, Killer, assert_identical, in_child, start
+
+from onward.plan.schema import Train
+
+TABLE = Path(__file__).parents[2] / "docs/models.json"
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "internlm3")
+MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
+VISION = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
+METHODS = ("lora", "qlora", "full", "mix")
+IN_CI = {("qwen3_vl", "mix"), ("qwen3_moe", "lora"), ("internlm3", "lora")}
+PLAN = """
+model: {kind}
+seed: 5
+engine: {{threads: 1}}
+defaults: {{batch_size: 5, micro_batch_size: 2, learning_rate: 3e-3, max_length: 256}}
+stages:
+  - {{name: first, train: {{{first}}}, data: {data}, steps: 4}}
+  - {{name: second, train: {{{second}}}, data: {data}, steps: 3, schedule: {{name: linear, warmup_steps: 1}}}}
+checkpoint: {{every: 2}}
+"""
+LORA = "{mode: lora, rank: 4, dropout: 0.1}"
+
+
+def trained(kind: str, method: str) -> str:
+    """A stage's `train` for a cell of the table."""
+    modules = ("language_model", "projector", "vision_tower") if kind in VISION else ("language_model",)
+    if method == "full":
+        return ", ".join(f"{module}: {{mode: full}}" for module in modules)
+    if method == "lora":
+        return ", ".join(f"{module}: {LORA}" for module in modules)
+    if method == "qlora":
+        rest = f", projector: {{mode: full}}, vision_tower: {LORA}" if kind in VISION else ""
+        return f"language_model: {LORA.replace('lora', 'qlora')}{rest}"
+    if kind in VISION:
+        return f"language_model: {LORA}, projector: {{mode: full}}, vision_tower: {{mode: frozen}}"
+    return f"language_model: {LORA}, 'layers\\.1\\.self_attn': {{mode: full}}, embed_tokens: {{mode: frozen}}"
+
+
+def said(kind: str, method: str, value: str) -> None:
+    """Hold the table to what was found, or write it there."""
+    if not os.environ.get("RECORD"):
+        assert json.loads(TABLE.read_text())[kind][method] == value
+        return
+    with TABLE.open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        table = json.loads(file.read() or "{}")
+        table.setdefault(kind, {})[method] = value
+        file.truncate(0)
+        ordered = {known: table[known] for known in (*DECODERS, *MIXTURES, *VISION) if known in table}
+        file.write(json.dumps(ordered, indent=1) + "\n")
+
+
+@pytest.fixture(scope="module")
+def models(place: Path) -> Path:
+    def build() -> None:
+        import mixtures
+        import tiny
+        import tiny_vision
+
+        for kind in DECODERS:
+            if not (place / kind).exists():
+                tiny.text_model(place / kind, kind)
+        for kind in MIXTURES:
+            mixtures.mixture(place / kind, kind)
+        for kind in VISION:
+            if not (place / kind).exists():
+                tiny_vision.vision_model(place / kind, kind)
+        tiny.colour_data(place / "many-colours.jsonl", rows=48)
+
+    assert in_child(build) == 0
+    return place
+
+
+def write_plan(models: Path, name: str, **values: str) -> Path:
+    data = "colours.jsonl" if values["kind"] in VISION else "text.jsonl"
+    plan = models / f"families-{name}.yaml"
+    plan.write_text(PLAN.format(data=data, **values))
+    return plan
+
+
+CELLS = [
+    pytest.param(kind, method, marks=() if (kind, method) in IN_CI else pytest.mark.whole, id=f"{kind}-{method}")
+    for kind in (*DECODERS, *MIXTURES, *VISION)
+    for method in METHODS
+]
+
+
+@pytest.mark.parametrize(("kind", "method"), CELLS)
+def test_killed_in_each_stage_merged_and_opened_by_transformers(
+    models: Path, tmp_path: Path, kind: str, method: str
+) -> None:
+    if method == "qlora" and "qlora" not in get_args(Train.model_fields["mode"].annotation):
+        pytest.skip("the plan has no mode qlora yet")
+    values = trained(kind, method)
+    plan = write_plan(models, f"{kind}-{method}", kind=kind, first=values, second=values)
+    if kind in MIXTURES and method == "full":
+        assert start(plan, tmp_path / "whole") == 2
+        said(kind, method, "refused")
+        return
+    assert start(plan, tmp_path / "whole") == 0
+    run = tmp_path / "run"
+    assert start(plan, run, view=Killer(("first", 3))) == KILLED
+    assert start(plan, run, view=Killer(("second", 2))) == KILLED
+    assert start(plan, run) == 0
+    assert_identical(tmp_path / "whole", run)
+    output = run / "stages/2-second/output"
+    assert in_child(lambda: opened_by_transformers(models / kind, output)) == 0
+    said(kind, method, "yes")
+
+
+def opened_by_transformers(base: Path, output: Path) -> None:
+    """The output loads as the base does: every weight used, the same files beside them, an answer generated."""
+    import torch
+    import transformers
+
+    from onward.model.directory import open_model_directory
+
+    kind = getattr(transformers, open_model_directory(output).family.auto_class)
+    model, info = kind.from_pretrained(output, output_loading_info=True)
+    assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    before = dict(kind.from_pretrained(base).named_parameters())
+    assert any(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    names = {path.name for path in base.iterdir()} - {"model.safetensors"}
+    assert names <= {path.name for path in output.iterdir()}
+    assert all((base / name).read_bytes() == (output / name).read_bytes() for name in names)
+    words = transformers.AutoTokenizer.from_pretrained(output)
+    asked = words("say it", return_tensors="pt")
+    model.generate(input_ids=asked["input_ids"], attention_mask=asked["attention_mask"], max_new_tokens=2)
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "qwen2_5_vl" else pytest.param(kind, marks=pytest.mark.whole) for kind in VISION]
+)
+def test_the_loss_with_the_image_is_far_below_that_without(models: Path, tmp_path: Path, kind: str) -> None:
+    """Four colours: who does not see the image cannot do better than ln 4 = 1.39."""
+    plan = models / f"families-{kind}-learns.yaml"
+    plan.write_text(
+        PLAN.format(
+            kind=kind, data="many-colours.jsonl", first=trained(kind, "full"), second=trained(kind, "mix"),
+        )
+        .replace("steps: 4", "steps: 120, batch_size: 8, micro_batch_size: 8, schedule: {name: constant}")
+        .replace("every: 2", "every: 1000")
+    )  # fmt: skip
+    assert start(plan, tmp_path / "run") == 0
+    blind = tmp_path / "blind.jsonl"
+    rows = [json.loads(line) for line in (models / "colours.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["messages"][0]["content"] = [part for part in row["messages"][0]["content"] if part["type"] == "text"]
+    blind.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def measure() -> None:
+        from transformers import AutoTokenizer
+
+        from onward.evaluate.command import evaluate_model
+
+        output = tmp_path / "run/stages/2-second/output"
+        seen, unseen = (
+            evaluate_model(output, [data], ["loss", "exact_match"], limit=None, max_new_tokens=8)
+            for data in (models / "colours.jsonl", blind)
+        )
+        words = AutoTokenizer.from_pretrained(output)
+        lengths = [len(words(row["messages"][1]["content"])["input_ids"]) + 1 for row in rows]  # and the turn's end
+        tokens = sum(lengths) / len(lengths)
+        print(kind, "per answer:", seen["loss"] * tokens, "without the image:", unseen["loss"] * tokens)
+        assert seen["loss"] * tokens < 0.3 and seen["exact_match"] > 0.8
+        assert unseen["loss"] * tokens > 1.2 and unseen["exact_match"] < 0.6
+
+    assert in_child(measure) == 0
+
+
+def test_the_table_says_nothing_that_is_not_tested() -> None:
+    table = json.loads(TABLE.read_text())
+    assert set(table) == {*DECODERS, *MIXTURES, *VISION}
+    assert {method for cells in table.values() for method in cells} <= set(METHODS)
