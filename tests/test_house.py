@@ -13,7 +13,12 @@ from onward.cli.main import main
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUNTIME = PROJECT["dependencies"]
-EXTRAS = [dependency for extra in PROJECT["optional-dependencies"].values() for dependency in extra]
+EXTRAS = [
+    dependency
+    for extra in PROJECT["optional-dependencies"].values()
+    for dependency in extra
+    if not dependency.startswith("onward[")  # one extra that takes in others
+]
 MACHINE_PATHS = re.compile(r"(?<![\w.-])/(?:work|root|tmp/bash\w*|home/[a-z]\w*)/[\w.]")
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 

@@ -213,7 +213,7 @@ class Engine(Strict):
 class Plan(Strict):
     """A whole plan, defaults applied."""
 
-    model: str = Field(description="a directory, or a hub id")
+    model: str = Field(description="a directory, a hub id, or modelscope:ID")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="of every random draw")
     deterministic: bool = Field(True, description="deterministic algorithms; without them no start is bitwise")
     stages: tuple[Stage, ...] = Field(min_length=1)

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onward.errors import OnwardError, PlanError
+from onward.errors import PlanError
 from onward.model.directory import ModelDirectory, open_model_directory
 from onward.model.selection import LoraLayer, Selection, looks_linear, select
 from onward.plan.functions import require_arguments
 from onward.plan.load import LoadedPlan
 from onward.plan.schema import Source, Stage
+from onward.runs.hub import hub_directory, is_hub_id
 
 if TYPE_CHECKING:
     from onward.data.prepare import ResolvedSource
@@ -90,31 +91,13 @@ def select_from(
 
 def model_directory(loaded: LoadedPlan) -> Path:
     """The directory of the plan's model: one beside the plan or a path of its own, or a hub id's snapshot."""
-    directory = loaded.resolve(loaded.plan.model)
+    name = loaded.plan.model
+    directory = loaded.resolve(name)
     if directory.is_dir():
         return directory
-    if loaded.plan.model.count("/") == 1 and not loaded.plan.model.startswith((".", "/", "~")):
-        return _hub_snapshot(loaded)
+    if is_hub_id(name):
+        return hub_directory(name, loaded.where("model"))
     raise PlanError(f"no such model directory: {directory}", where=loaded.where("model"))
-
-
-def _hub_snapshot(loaded: LoadedPlan) -> Path:
-    from huggingface_hub import snapshot_download
-
-    name = loaded.plan.model
-    try:
-        return Path(
-            snapshot_download(name, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx", "*.h5", "*.msgpack"])
-        )
-    except OnwardError:
-        raise
-    except Exception as error:  # the hub's library raises a dozen kinds, and requests' own
-        reason = str(error).strip().splitlines()[0]
-        raise PlanError(
-            f"{name} is no directory here, and the hub does not give it ({type(error).__name__}: {reason})",
-            where=loaded.where("model"),
-            hint="give the path of a local copy, or log in and check the connection",
-        ) from None
 
 
 def _source(loaded: LoadedPlan, source: Source, key: tuple[str | int, ...]) -> ResolvedSource:
