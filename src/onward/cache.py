@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from onward.files import canonical_json, digest_bytes, digest_file, write_durably
+from onward.files import canonical_json, digest_bytes, digest_file, fsync, hidden_name, write_durably
+
+UNUSED = 30 * 24 * 3600
+"""Seconds after which a file that nobody used makes room when another is written."""
 
 
 def cache_directory() -> Path:
@@ -42,6 +46,36 @@ def remembered(kind: str, key: object, compute: Callable[[], bytes]) -> bytes:
     except OSError:
         pass  # a read-only home or a full disk costs time the next time, nothing else
     return value
+
+
+def remembered_file(kind: str, key: object, write: Callable[[Path], None]) -> Path:
+    """The file that `write` makes for this kind and key, or made the last time. It is believed by its digest alone.
+
+    What nobody used for a month goes when another one is made. OSError where there is no room for it.
+    """
+    path = cache_directory() / kind / digest_bytes(canonical_json(key)).removeprefix("sha256:")
+    told = path.with_suffix(".digest")
+    try:
+        if told.read_text() == cached_digest(path):
+            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # used now, changed when it was
+            return path
+    except OSError:
+        pass
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.iterdir():
+        if time.time() - old.stat().st_atime > UNUSED:
+            old.unlink(missing_ok=True)
+    partial = hidden_name(path)
+    try:
+        write(partial)
+        fsync(partial)
+        digest = digest_file(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    fsync(path.parent)
+    write_durably(told, digest.encode())
+    return path
 
 
 def forget() -> None:

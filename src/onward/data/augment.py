@@ -1,7 +1,7 @@
 """A function of the user's that changes samples at random, made repeatable.
 
 `augment: module:function` is called as `function(sample, rng)` and returns the sample to train on. `sample` is the
-row, a copy of its own, with every image part as {"type": "image", "image": PIL.Image in RGB}; `rng` is a
+row as `{"messages": …}` or `{"text": …}`, whatever its file has, a copy of its own, with every image part as {"type": "image", "image": PIL.Image in RGB}; `rng` is a
 random.Random. Its seed is a function of the run's seed, the stage, the epoch, the row and the repeat, so it is the
 same wherever and whenever the sample is made. The global generators of random, numpy and torch are seeded likewise
 during the call and put back after it: functions of image libraries that draw from them are repeatable too.
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from onward.data.images import load_image
-from onward.data.rows import read_conversation
+from onward.data.rows import plain_text, read_conversation
 from onward.data.samples import Origin
 from onward.errors import InputError, PlanError
 from onward.plan.functions import find_function
@@ -49,8 +49,10 @@ def augmented(row: dict[str, Any], name: str, draw: int, origin: Origin) -> dict
 
 
 def _with_images(row: dict[str, Any], origin: Origin) -> dict[str, Any]:
-    images = iter(read_conversation(row, origin).images)
     sample = copy.deepcopy(row)
+    if plain_text(row, origin) is not None:
+        return sample
+    images = iter(read_conversation(row, origin).images)
     for message in sample["messages"]:
         if isinstance(message.get("content"), list):
             message["content"] = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from onward.data.chat import LossOn, Rendered, render, render_prompt
 from onward.data.images import expand_placeholders, image_size, load_image
-from onward.data.rows import Conversation, before_last_turn, read_conversation
+from onward.data.rows import Conversation, before_last_turn, plain_text, read_conversation
 from onward.data.samples import BadSample, Encoded, Origin, bad
-from onward.data.template import ChatTemplate, load_template
+from onward.data.template import ChatTemplate, load_template, no_template
 from onward.data.vision import ImageLimits, Vision, load_vision
 from onward.errors import InputError, OnwardError
 from onward.files import canonical_json, digest_bytes, digest_file
@@ -23,7 +23,7 @@ from onward.files import canonical_json, digest_bytes, digest_file
 __all__ = ["BadSample", "Encoded", "Encoder", "Options", "Origin", "Prompt", "load_encoder"]
 
 Overlong = Literal["error", "drop", "truncate"]
-ENCODING = 2
+ENCODING = 3
 """Changes when the same files and options begin to give other tokens."""
 FILES = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "*.tiktoken",
@@ -51,16 +51,22 @@ class Prompt:
 
 
 class Encoder:
-    """Rows of `{"messages": …}` to tokens and targets, for one model. Can be sent to other processes."""
+    """Rows of `{"messages": …}` or `{"text": …}` to tokens and targets, for one model. Can be sent to other processes.
+
+    `template` is None for a model that has none: then only texts can be encoded.
+    """
 
     def __init__(
-        self, tokenizer: Any, vision: Vision | None, template: ChatTemplate, options: Options, fingerprint: str
+        self, tokenizer: Any, vision: Vision | None, template: ChatTemplate | None, options: Options, fingerprint: str
     ) -> None:
         self.tokenizer = tokenizer
         self.vision = vision
         self.template = template
         self.options = options
         self.fingerprint = fingerprint
+        ids = tokenizer("a")["input_ids"]
+        begins = bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+        self._text_begin = str(tokenizer.bos_token) if begins else ""  # what the tokenizer puts before a text
 
     @property
     def pad_id(self) -> int:
@@ -68,18 +74,22 @@ class Encoder:
         tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return int(next(token for token in tokens if token is not None))
 
+    def require_template(self) -> ChatTemplate:
+        """The chat template. InputError where the model has none."""
+        if self.template is None:
+            raise no_template(self.tokenizer.name_or_path)
+        return self.template
+
     def encode(self, row: Mapping[str, Any], origin: Origin) -> Encoded:
         """The sample of a row, images decoded. BadSample when it cannot be used."""
-        conversation = self._conversation(row, origin)
-        rendered = render(conversation, self.template, self.options.loss_on, origin)
+        rendered, conversation = self._rendered(row, origin)
         images, replacements = self._pixels(conversation, origin)
         ids, trained = self._tokens(self._expand(rendered, replacements, origin), origin)
         return Encoded(origin.sample_id, ids, trained, images, self._stands_for_pixels(ids))
 
     def measure(self, row: Mapping[str, Any], origin: Origin) -> tuple[int, int]:
         """How many tokens and how many targets `encode` will give; image files are not decoded. BadSample likewise."""
-        conversation = self._conversation(row, origin)
-        rendered = render(conversation, self.template, self.options.loss_on, origin)
+        rendered, conversation = self._rendered(row, origin)
         sizes = [image_size(image, origin) for image in conversation.images]
         replacements = self._replacements(sizes, origin)
         ids, trained = self._tokens(self._expand(rendered, replacements, origin), origin)
@@ -87,23 +97,43 @@ class Encoder:
 
     def prompt(self, row: Mapping[str, Any], origin: Origin) -> Prompt:
         """The row up to its last assistant turn, for generation; not cut to max_length. BadSample when it has none."""
+        if plain_text(row, origin) is not None:
+            raise bad(origin, "a text has no turn to answer")
         asked, answer = before_last_turn(self._conversation(row, origin), origin)
         images, replacements = self._pixels(asked, origin)
-        rendered = self._expand(render_prompt(asked, self.template, origin), replacements, origin)
+        rendered = self._expand(render_prompt(asked, self.require_template(), origin), replacements, origin)
         ids, trained = self._tokenize(rendered, origin)
         return Prompt(Encoded(origin.sample_id, ids, trained, images, self._stands_for_pixels(ids)), answer)
 
     def image_files(self, row: Mapping[str, Any], origin: Origin) -> list[Path]:
         """The image files of a row. BadSample when it is no conversation."""
+        if plain_text(row, origin) is not None:
+            return []
         return [image for image in read_conversation(row, origin).images if isinstance(image, Path)]
+
+    def _rendered(self, row: Mapping[str, Any], origin: Origin) -> tuple[Rendered, Conversation]:
+        """The row as the model's text, and the conversation that it is: an empty one for a text."""
+        text = plain_text(row, origin)
+        if text is None:
+            conversation = self._conversation(row, origin)
+            return render(conversation, self.require_template(), self.options.loss_on, origin), conversation
+        conversation = Conversation([], None, [], [])
+        self._require_no_images([text], origin)
+        whole = f"{self._text_begin}{text}{self.tokenizer.eos_token or ''}"
+        return Rendered(whole, [(0, len(whole))]), conversation
 
     def _conversation(self, row: Mapping[str, Any], origin: Origin) -> Conversation:
         conversation = read_conversation(row, origin)
-        if conversation.images and (self.vision is None or not self.template.parts):
+        if conversation.images and (self.vision is None or not self.require_template().parts):
             raise bad(origin, "an image, but this model takes none")
+        self._require_no_images(conversation.texts(), origin)
+        return conversation
+
+    def _require_no_images(self, texts: Iterable[str], origin: Origin) -> None:
+        """What stands for an image or a video must not stand in a text."""
         if self.vision is None:
-            return conversation
-        for text in conversation.texts():
+            return
+        for text in texts:
             if self.vision.image_token in text:
                 raise bad(
                     origin,
@@ -112,7 +142,6 @@ class Encoder:
                 )
             if video := next((token for token in self.vision.refused if token in text), None):
                 raise bad(origin, f"a text contains {video}: video is not supported")
-        return conversation
 
     def _pixels(self, conversation: Conversation, origin: Origin) -> tuple[dict[str, NDArray[np.generic]], list[str]]:
         """The image processor's arrays, and what stands in the text for each image."""
@@ -186,12 +215,13 @@ def load_encoder(
     loss_on: LossOn,
     date: str,
     images: ImageLimits | None = None,
+    chat_template: str | None = None,
 ) -> Encoder:
     """The encoder of a model directory; its image processor where it has one. `date` (ISO) is what a template that
-    prints one gets.
+    prints one gets; `chat_template` is the text of a template instead of the model's own.
 
-    InputError when the directory has no fast tokenizer or no chat template, or asks for code of its own, and for limits
-    that its images do not have.
+    InputError when the directory has no fast tokenizer or an unusable chat template, or asks for code of its own, and
+    for limits that its images do not have.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time; and processes are forked later
     from transformers import AutoTokenizer
@@ -211,7 +241,7 @@ def load_encoder(
             where=where,
             hint="add the model's tokenizer.json",
         )
-    template = load_template(tokenizer, vision, date, where)
+    template = load_template(tokenizer, vision, date, where, chat_template)
     files = sorted({path for pattern in FILES for path in model_dir.glob(pattern) if path.is_file()})
     fingerprint = digest_bytes(
         canonical_json(
@@ -219,7 +249,8 @@ def load_encoder(
                 "encoding": ENCODING,
                 "files": {path.relative_to(model_dir).as_posix(): digest_file(path) for path in files},
                 "options": [max_length, overlong, loss_on, options.images.given()],
-                "date": date if template.prints_date else None,
+                "date": date if template and template.prints_date else None,
+                "chat_template": chat_template,
             }
         )
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def load_image(source: ImageSource, origin: Origin) -> Image.Image:
     BadSample when the file is missing, truncated, or no image.
     """
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image = source if isinstance(source, Image.Image) else Image.open(_file(source))
         return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # Pillow's decoders let almost anything through on damaged files
         raise bad(origin, _unreadable(source, error)) from None
@@ -32,7 +33,7 @@ def image_size(source: ImageSource, origin: Origin) -> tuple[int, int]:
     try:
         if isinstance(source, Image.Image):
             return source.height, source.width
-        with Image.open(source) as image:
+        with Image.open(_file(source)) as image:
             # For a PNG without EXIF in its header, asking would decode the whole picture.
             turned = (image.format != "PNG" or "exif" in image.info) and image.getexif().get(ORIENTATION, 1) >= 5
             return (image.width, image.height) if turned else (image.height, image.width)
@@ -40,8 +41,12 @@ def image_size(source: ImageSource, origin: Origin) -> tuple[int, int]:
         raise bad(origin, _unreadable(source, error)) from None
 
 
+def _file(source: Path | bytes) -> Path | io.BytesIO:
+    return io.BytesIO(source) if isinstance(source, bytes) else source
+
+
 def _unreadable(source: ImageSource, error: Exception) -> str:
-    name = str(source) if isinstance(source, Path) else "an image that augment returned"
+    name = str(source) if isinstance(source, Path) else "that stands in the row itself"
     if isinstance(error, FileNotFoundError):
         return f"image {name} is missing"
     return f"image {name} cannot be read ({error})"

@@ -1,4 +1,4 @@
-"""Random access to a JSON lines file: one scan finds where its rows begin and its digest, remembered in the cache."""
+"""Random access to JSON lines and JSON arrays: one scan finds where the rows stand and the digest, both remembered."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import json
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onward.cache import file_identity, remembered
-from onward.data.samples import BadSample, Origin, bad
+from onward.data.array import begins_array, scan_array
+from onward.data.samples import Origin, bad
 from onward.errors import DamageError, PlanError
 
 CHUNK = 4 << 20
@@ -27,15 +27,18 @@ SETTLED = 2.0
 
 @dataclass(frozen=True)
 class Index:
-    """Where rows begin (bytes, uint64 [rows]), on which lines (from 1, uint64 [rows]), and the content's digest."""
+    """Where rows begin and end (bytes, uint64 [rows]), on which lines (from 1), and the content's digest."""
 
     starts: NDArray[np.uint64]
+    ends: NDArray[np.uint64]
     lines: NDArray[np.uint64]
     digest: str
 
 
 class JsonlFile:
-    """A JSON lines file. `len` rows; `row(i)` reads one of them. Blank lines are no rows; line numbers count them.
+    """A JSON lines file, or a .json file that holds an array of objects. `len` rows; `row(i)` reads one of them.
+
+    Blank lines are no rows; line numbers count them.
 
     Can be sent to other processes. DamageError when the file changes after it was opened.
     """
@@ -49,13 +52,23 @@ class JsonlFile:
         if time.time() - path.stat().st_mtime < SETTLED:
             index = scan(path)
         else:
-            index = _unpack(remembered("jsonl", ["index", 1, *self._identity], lambda: _pack(scan(path))))
-        self._require_unchanged()
-        self._starts, self._lines, self.digest = index.starts, index.lines, index.digest
+            index = _unpack(remembered("jsonl", ["index", 2, *self._identity], lambda: _pack(scan(path))))
+        require_unchanged(self.path, self._identity)
+        self._starts, self._ends, self._lines, self.digest = index.starts, index.ends, index.lines, index.digest
         self._descriptor: int | None = None
 
     def __len__(self) -> int:
         return len(self._starts)
+
+    @property
+    def folder(self) -> Path:
+        """What the rows' relative paths start from."""
+        return self.path.parent
+
+    @property
+    def contents(self) -> dict[Path, str]:
+        """The digest of each file."""
+        return {self.path: self.digest}
 
     def origin(self, i: int) -> Origin:
         """Where row `i` stands."""
@@ -65,9 +78,8 @@ class JsonlFile:
     def row(self, i: int) -> dict[str, Any]:
         """Row `i`. BadSample when it is not a JSON object in UTF-8."""
         origin = self.origin(i)
-        begin = int(self._starts[i])
-        end = int(self._starts[i + 1]) if i + 1 < len(self) else int(self._identity[1])
-        self._require_unchanged()
+        begin, end = int(self._starts[i]), int(self._ends[i])
+        require_unchanged(self.path, self._identity)
         data = os.pread(self._open(), end - begin, begin)
         try:
             row = json.loads(data.decode())
@@ -83,31 +95,10 @@ class JsonlFile:
             raise bad(origin, f"a JSON {type(row).__name__}, not an object")
         return row
 
-    def rows(self) -> Iterator[tuple[int, dict[str, Any] | BadSample]]:
-        """Every row with its number, in order; a BadSample in the place of one that cannot be read."""
-        for i in range(len(self)):
-            try:
-                yield i, self.row(i)
-            except BadSample as error:
-                yield i, error
-
     def _open(self) -> int:
         if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDONLY)
         return self._descriptor
-
-    def _require_unchanged(self) -> None:
-        try:
-            stat = self.path.stat()  # of every row that is read: as cheap as can be
-            same = [stat.st_size, stat.st_mtime_ns, stat.st_ino] == self._identity[1:]
-        except OSError:
-            same = False
-        if not same:
-            raise DamageError(
-                "changed while it was in use",
-                where=str(self.path),
-                hint="put the file back as it was, or start the command again to have the change judged",
-            )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptor": None}
@@ -117,8 +108,29 @@ class JsonlFile:
             os.close(self._open())
 
 
+def require_unchanged(path: Path, identity: list[str | int]) -> None:
+    """DamageError when a file is not the one any more that `file_identity` told of."""
+    try:
+        stat = path.stat()  # of every row that is read: as cheap as can be
+        same = [stat.st_size, stat.st_mtime_ns, stat.st_ino] == identity[1:]
+    except OSError:
+        same = False
+    if not same:
+        raise DamageError(
+            "changed while it was in use",
+            where=str(path),
+            hint="put the file back as it was, or start the command again to have the change judged",
+        )
+
+
 def scan(path: Path) -> Index:
-    """Read a file once, in chunks: its rows' places and its digest. A line of white space alone is no row."""
+    """Read a file once, in chunks: its rows' places and its digest. A line of white space alone is no row.
+
+    PlanError for a JSON array that is damaged.
+    """
+    if path.suffix == ".json" and begins_array(path):
+        begins, ends, numbers, digest = scan_array(path)
+        return Index(begins.astype(np.uint64), ends.astype(np.uint64), numbers.astype(np.uint64), digest)
     hasher = hashlib.sha256()
     starts: list[NDArray[np.uint64]] = []
     lines: list[NDArray[np.uint64]] = []
@@ -139,7 +151,9 @@ def scan(path: Path) -> Index:
             take(buffer[:cut])
             offset, line, rest = offset + cut, line + buffer.count(b"\n"), buffer[cut:]
         take(rest)
-    return Index(np.concatenate(starts), np.concatenate(lines), "sha256:" + hasher.hexdigest())
+    places = np.concatenate(starts)
+    ends = np.append(places[1:], np.uint64(offset + len(rest)))[: len(places)]
+    return Index(places, ends, np.concatenate(lines), "sha256:" + hasher.hexdigest())
 
 
 def _rows_in(data: bytes, skip: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -160,10 +174,10 @@ def _rows_in(data: bytes, skip: int) -> tuple[NDArray[np.int64], NDArray[np.int6
 
 def _pack(index: Index) -> bytes:
     file = io.BytesIO()
-    np.savez(file, starts=index.starts, lines=index.lines, digest=np.array(index.digest))
+    np.savez(file, starts=index.starts, ends=index.ends, lines=index.lines, digest=np.array(index.digest))
     return file.getvalue()
 
 
 def _unpack(data: bytes) -> Index:
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return Index(arrays["starts"], arrays["lines"], str(arrays["digest"]))
+        return Index(arrays["starts"], arrays["ends"], arrays["lines"], str(arrays["digest"]))

@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +20,11 @@ from torch.utils.data import Dataset
 from onward.cache import cached_digest, remembered
 from onward.data.augment import find_augment
 from onward.data.encode import Encoder
-from onward.data.jsonl import JsonlFile
+from onward.data.kinds import Kind
 from onward.data.order import Draw, Indices, Mix
+from onward.data.reading import Rows, recognise
 from onward.data.samples import BadSample, Origin
+from onward.data.sources import open_rows
 from onward.data.workers import made_by
 from onward.errors import InputError
 from onward.files import canonical_json, digest_bytes
@@ -40,20 +42,23 @@ SHARED, MOST_WORKERS = 4096, 16
 @dataclass(frozen=True)
 class ResolvedSource:
     """A source of the plan, its path resolved. `augment`: "module:function" or None. `fingerprint`: what counts of its
-    images, names and sizes (`listing`) or bytes (`full`).
+    images, names and sizes (`listing`) or bytes (`full`). `format`: the kind of its rows, None where they shall tell;
+    `columns`: (theirs, ours).
     """
 
     path: Path
     repeat: float = 1.0
     augment: str | None = None
     fingerprint: Literal["listing", "full"] = "listing"
+    format: Kind | None = None
+    columns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
 class SourceRows:
     """An opened source. `used` int64 [n]: the file's usable rows by number; `tokens`, `targets` int32 [n]: theirs."""
 
-    file: JsonlFile
+    file: Rows
     used: NDArray[np.int64]
     tokens: NDArray[np.int32]
     targets: NDArray[np.int32]
@@ -129,12 +134,15 @@ def prepare(
     `overlong` is "drop"): then they are left out and listed. PlanError when a file or an augment function is missing.
     """
     labels = _labels([source.path for source in sources])
-    files = {path: JsonlFile(path, label) for path, label in labels.items()}
+    files = {path: open_rows(path, label) for path, label in labels.items()}
     opened, skipped, fatal, identities = [], {}, {}, []
     for source in sources:
         if source.augment is not None:
             find_augment(source.augment)
-        file = files[source.path]
+        reading = recognise(files[source.path], source.format, dict(source.columns))
+        if reading.kind != "text":
+            encoder.require_template()
+        file = Rows(files[source.path], reading)
         media = _media(file, encoder)
         tokens, targets, bad_rows = _measured(file, encoder, media, progress)
         for row, reason, overlong in bad_rows:
@@ -151,7 +159,8 @@ def prepare(
         identities.append(
             {
                 "content": file.digest,
-                "media": [_identity(file.path.parent / name, name, size, source) for name, size, _ in media],
+                "media": [_identity(file.folder / name, name, size, source) for name, size, _ in media],
+                "read": asdict(reading),
                 "repeat": source.repeat,
                 "rows": digest_bytes(used.astype("<i8").tobytes()),
             }
@@ -180,24 +189,23 @@ def _labels(paths: Sequence[Path]) -> dict[Path, str]:
     return dict(zip(distinct, labels, strict=True))
 
 
-def _media(file: JsonlFile, encoder: Encoder) -> list[tuple[str, int, int]]:
+def _media(file: Rows, encoder: Encoder) -> list[tuple[str, int, int]]:
     """Name, size and mtime in ns (-1 where it is missing) of every image that the file's rows name, sorted."""
     if encoder.vision is None:
         return []
-    folder = file.path.parent
+    folder = file.folder
 
     def names() -> bytes:
         found: set[str] = set()
-        for i, row in file.rows():
-            if isinstance(row, dict):
-                try:
-                    found |= {os.path.relpath(path, folder) for path in encoder.image_files(row, file.origin(i))}
-                except BadSample:
-                    continue  # measuring tells
+        for i in range(len(file)):
+            try:
+                found |= {os.path.relpath(path, folder) for path in encoder.image_files(file.row(i), file.origin(i))}
+            except BadSample:
+                continue  # measuring tells
         return canonical_json(sorted(found))
 
     listing = []
-    for name in json.loads(remembered("media", [1, file.digest, str(folder.resolve())], names)):
+    for name in json.loads(remembered("media", [2, file.digest, asdict(file.reading), str(folder.resolve())], names)):
         try:
             stat = (folder / name).stat()
             listing.append((name, stat.st_size, stat.st_mtime_ns))
@@ -225,7 +233,7 @@ class _Measures:
 class _Chunks(Dataset[_Measures]):
     """A file's rows, CHUNK at a time."""
 
-    file: JsonlFile
+    file: Rows
     encoder: Encoder
 
     def __len__(self) -> int:
@@ -245,7 +253,7 @@ class _Chunks(Dataset[_Measures]):
 
 
 def _measured(
-    file: JsonlFile, encoder: Encoder, media: list[tuple[str, int, int]], progress: Callable[[str], None]
+    file: Rows, encoder: Encoder, media: list[tuple[str, int, int]], progress: Callable[[str], None]
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], list[tuple[int, str, bool]]]:
     """Tokens and targets of each row (0 for a bad one), and the bad ones: row, reason, whether it is only too long."""
 
@@ -272,8 +280,9 @@ def _measured(
     # The path is in the key because the reasons name it.
     libraries = [version("transformers"), version("tokenizers"), version("pillow")]
     key = [
-        1,
+        2,
         file.digest,
+        asdict(file.reading),
         str(file.path.resolve()),
         encoder.fingerprint,
         libraries,

@@ -11,6 +11,7 @@ which leaves it out of the loss.
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ from PIL import Image
 
 from onward.data.samples import Origin, bad
 
-ImageSource: TypeAlias = "Path | Image.Image"
+ImageSource: TypeAlias = "Path | bytes | Image.Image"
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,16 @@ class Conversation:
     def texts(self) -> Iterator[str]:
         """Every text that the row brings into the rendering, wherever it stands."""
         return _strings([self.messages, self.tools])
+
+
+def plain_text(row: Mapping[str, Any], origin: Origin) -> str | None:
+    """The text of a row that is no conversation; None for a conversation. BadSample for an empty text."""
+    if "messages" in row or not isinstance(row.get("text"), str):
+        return None
+    text: str = row["text"]
+    if not text.strip():
+        raise bad(origin, "an empty text")
+    return text
 
 
 def read_conversation(row: Mapping[str, Any], origin: Origin) -> Conversation:
@@ -117,10 +128,15 @@ def _parts(content: Any, place: str, images: list[ImageSource], origin: Origin) 
 
 def _image_source(part: Mapping[str, Any], place: str, origin: Origin) -> ImageSource:
     given = next((part[key] for key in ("path", "image", "url", "image_url") if part.get(key) is not None), None)
-    if isinstance(given, dict):
-        given = given.get("url")
-    if isinstance(given, Image.Image):
+    if isinstance(given, dict):  # OpenAI's url, or how datasets keeps an image
+        given = next((given[key] for key in ("bytes", "path", "url") if given.get(key) is not None), None)
+    if isinstance(given, Image.Image | bytes):
         return given
+    if isinstance(given, str) and (inline := re.match(r"data:image/[a-z+.-]+;base64,", given)):
+        try:
+            return base64.b64decode(given[inline.end() :], validate=True)
+        except ValueError:
+            raise bad(origin, f"{place}: an image's base64 cannot be read") from None
     if not isinstance(given, str) or not given:
         raise bad(origin, f"{place}: an image part needs a path")
     if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", given):

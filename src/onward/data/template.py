@@ -10,10 +10,12 @@ import datetime
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from onward.errors import InputError
 
+TEMPLATES = Path(__file__).parent / "templates"
 CONTENT = "\ue0f1assistant\ue0f2"
 """Stands for an assistant turn's content. Private-use characters: no template changes them, no data has them."""
 QUESTION = "\ue0f1question\ue0f2"
@@ -87,9 +89,16 @@ def message(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "content": [{"type": "text", "text": text}]}
 
 
-def load_template(tokenizer: Any, processor: Any | None, date: str, where: str) -> ChatTemplate:
-    """The chat template of a model, on the frozen `date` (ISO). InputError where it has none, or an unusable one."""
-    text = _template_text(tokenizer, processor, where)
+def load_template(
+    tokenizer: Any, processor: Any | None, date: str, where: str, given: str | None = None
+) -> ChatTemplate | None:
+    """The chat template of a model, or the `given` one, on the frozen `date` (ISO); None where there is none.
+
+    InputError for one that is unusable.
+    """
+    text = given or _template_text(tokenizer, processor)
+    if text is None:
+        return None
     frozen, variables = _freeze_date(text, date)
     prints_date = frozen != text or bool(variables)
     candidates = [
@@ -113,17 +122,26 @@ def load_template(tokenizer: Any, processor: Any | None, date: str, where: str) 
         ) from None
 
 
-def _template_text(tokenizer: Any, processor: Any | None, where: str) -> str:
+def no_template(where: str) -> InputError:
+    """What is wrong where a conversation meets a model without a chat template."""
+    return InputError(
+        "the model has no chat template: base models have none",
+        where=where,
+        hint="name the one that it shall learn at the top of the plan, chat_template: "
+        f"{' | '.join(named_templates())} or a file; rows of plain text need none",
+    )
+
+
+def named_templates() -> list[str]:
+    """The chat templates that have a name here."""
+    return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+
+
+def _template_text(tokenizer: Any, processor: Any | None) -> str | None:
     given = getattr(processor, "chat_template", None) or tokenizer.chat_template
     if isinstance(given, dict):
         given = given.get("default")
-    if not given:
-        raise InputError(
-            "the model has no chat template: base models have none",
-            where=where,
-            hint=f"put the template that it shall learn into {where}/chat_template.jinja",
-        )
-    return str(given)
+    return str(given) if given else None
 
 
 def _freeze_date(text: str, date: str) -> tuple[str, dict[str, Any]]:
