@@ -194,14 +194,78 @@ def qwen(directory: Path, *, dtype="float32", shards=1, pickled=False, quantised
     return native
 
 
-def pack(native, tensors: dict, bits: int, group: int = 32) -> dict:
+def qwen_vl(
+    directory: Path, *, dtype="float32", shards=1, pickled=False, quantised=0, width=32, side=28, queries=16, theirs=(),
+    **changes,
+):  # fmt: skip
+    """A first Qwen-VL in `directory`; the model of onward's own class that it is."""
+    import transformers
+
+    from onward.model.first_qwen_vl import QwenVLConfig, QwenVLForConditionalGeneration
+
+    tiktoken_files(directory, size=280)
+    start = 280 + 208 + 6
+    text = {
+        "vocab_size": 512, "hidden_size": 128, "intermediate_size": 96, "num_hidden_layers": 2, "rms_norm_eps": 1e-6,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": False,
+    }  # fmt: skip
+    text = transformers.Qwen2Config(**text | changes)
+    vision = {
+        "width": width, "layers": 2, "heads": 2, "mlp_ratio": 2.5, "image_size": side, "patch_size": 14,
+        "queries": queries,
+    }  # fmt: skip
+    config = QwenVLConfig(text_config=text, vision_config=vision, image_start_id=start, image_token_id=start + 2)
+    native = lively(QwenVLForConditionalGeneration(config), dtype)
+    native.model.visual.attn_pool.pos_embed.copy_(sines(queries, text.hidden_size))
+    state = native.state_dict()
+    tensors = qwen_tensors(
+        {name: tensor for name, tensor in state.items() if ".visual." not in name}, "model.language_model."
+    )
+    tensors |= {f"transformer{name[5:]}": tensor for name, tensor in state.items() if ".visual." in name}
+    visual = {key: value for key, value in vision.items() if key != "queries"}
+    given = qwen_config(
+        text, torch_dtype=dtype, seq_length=512, max_position_embeddings=512, attn_dropout_prob=0.1,
+        visual={**visual, "output_dim": text.hidden_size, "n_queries": queries, "image_start_id": start},
+        **dict(theirs),
+    )  # fmt: skip
+    if quantised:
+        tensors = pack(native, tensors, quantised, prefix="model.language_model.")
+        given["quantization_config"] = {"quant_method": "gptq", "bits": quantised, "group_size": 32, "sym": True}
+    files = {path.name: path.read_bytes() for path in directory.iterdir()}
+    for path in directory.iterdir():
+        path.unlink()
+    directory.rmdir()
+    save(directory, tensors, given, dtype=dtype, shards=shards, pickled=pickled)
+    for name, content in files.items():
+        (directory / name).write_bytes(content)
+    return native
+
+
+def sines(count: int, width: int):
+    """2D positions: half for x, then half for y, each [sin, cos]."""
+    import math
+
+    import torch
+
+    side, quarter = math.isqrt(count), width // 4
+    omega = 10000.0 ** (-torch.arange(quarter) / quarter)
+    rows = []
+    for y in range(side):
+        angles = [(x * omega, y * omega) for x in range(side)]
+        rows += [torch.cat([f for angle in pair for f in (angle.sin(), angle.cos())]) for pair in angles]
+    return torch.stack(rows)
+
+
+def pack(native, tensors: dict, bits: int, group: int = 32, prefix: str = "model.") -> dict:
     """Every layer of the blocks packed, value by value; `native` gets the weights that this leaves (in fp32)."""
     import torch
 
     packed = {}
     for name, weight in tensors.items():
         layer = name.removesuffix(".weight")
-        if not name.endswith((".c_attn.weight", ".c_proj.weight", ".w1.weight", ".w2.weight")):
+        if not name.startswith("transformer.h.") or not name.endswith(
+            (".c_attn.weight", ".c_proj.weight", ".w1.weight", ".w2.weight")
+        ):
             packed[name] = weight
             continue
         rows, columns = weight.shape
@@ -227,8 +291,8 @@ def pack(native, tensors: dict, bits: int, group: int = 32) -> dict:
             packed[f"{layer}.bias"] = torch.zeros(rows, dtype=torch.float16)
         tensors[name] = (scales.float()[g_idx] * (q - zero[g_idx])).t()
     state = native.state_dict()
-    for n in range(native.config.num_hidden_layers):
-        new, old = f"model.layers.{n}.", f"transformer.h.{n}."
+    for n in range(native.config.get_text_config().num_hidden_layers):
+        new, old = f"{prefix}layers.{n}.", f"transformer.h.{n}."
         for part, rows in zip("qkv", tensors[f"{old}attn.c_attn.weight"].chunk(3), strict=True):
             state[f"{new}self_attn.{part}_proj.weight"].copy_(rows)
         state[f"{new}self_attn.o_proj.weight"].copy_(tensors[f"{old}attn.c_proj.weight"])
@@ -251,8 +315,15 @@ def internvl(
     import torch
     import transformers
 
-    sentencepiece_files(directory, images=True)
-    added = json.loads((directory / "added_tokens.json").read_text())
+    if text == "internlm2":
+        sentencepiece_files(directory, images=True)
+        added = json.loads((directory / "added_tokens.json").read_text())
+    else:
+        import tiny_vision
+
+        words = tiny_vision.tokenizer("internvl")
+        words.save_pretrained(directory)
+        added = words.get_vocab()
     vocabulary = max(added.values()) + 1
     inner = text_config(vocab_size=vocabulary, **changes)
     if text == "qwen2":

@@ -20,6 +20,7 @@ from onward.files import read_json
 PROCESSORS = {
     "LlavaProcessor": "llava", "LlavaNextProcessor": "llava_next", "Qwen2VLProcessor": "qwen2_vl",
     "Qwen2_5_VLProcessor": "qwen2_5_vl", "Qwen3VLProcessor": "qwen3_vl", "InternVLProcessor": "internvl",
+    "QwenVLProcessor": "onward_qwen_vl",
 }  # fmt: skip
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 INPUTS = ("pixel_values", "image_grid_thw", "image_sizes")
@@ -84,6 +85,8 @@ class Vision:
         if self.kind == "internvl":
             tiles = self.image_processor.get_number_of_image_patches(height, width, CALLED_WITH["internvl"])
             return int(tiles * self.processor["image_seq_length"])
+        if self.kind == "onward_qwen_vl":
+            return int(self.processor["image_seq_length"])
         if self.kind == "llava":
             height, width = _one_size(self.image_processor) or (height, width)
             patches = (height // self.processor.patch_size) * (width // self.processor.patch_size)
@@ -143,6 +146,9 @@ def load_vision(model_dir: Path, tokenizer: Any, limits: ImageLimits) -> Vision 
         around = (tokenizer.start_image_token, tokenizer.end_image_token)
         token, refused = tokenizer.context_image_token, (getattr(tokenizer, "video_token", "<video>"),)
         processor = {"image_seq_length": own.get("image_seq_length", 256)}
+    elif kind == "onward_qwen_vl":
+        around, token = ("<img>", "</img>"), "<imgpad>"
+        processor = {"image_seq_length": own.get("image_seq_length", 256)}
     elif kind in QWEN:
         token = getattr(tokenizer, "image_token", "<|image_pad|>")
         refused = (getattr(tokenizer, "video_token", "<|video_pad|>"),)
@@ -186,7 +192,7 @@ def _template(model_dir: Path, own: Mapping[str, Any]) -> Any:
 def _image_processor(model_dir: Path, kind: str, limits: ImageLimits) -> Any:
     from transformers import AutoImageProcessor
 
-    known = {"llava": (), "llava_next": ("max_tiles",), "internvl": ("max_tiles",)}.get(
+    known = {"llava": (), "onward_qwen_vl": (), "llava_next": ("max_tiles",), "internvl": ("max_tiles",)}.get(
         kind, ("min_pixels", "max_pixels")
     )
     where = str(model_dir)

@@ -26,14 +26,13 @@ def load_model(directory: Path, *, precision: str, device: str) -> LoadedModel:
     DamageError when a tensor is missing, unknown or of another shape, when a parameter in memory is not one of the
     directory's, and when tensors are tied in memory and not in the configuration, or the other way round.
     """
-    import transformers
     from transformers.utils import logging
 
     opened = open_model_directory(directory)
     bf16 = precision == "bf16" and all(entry.dtype == "BF16" for entry in opened.tensors.values())
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its report of what it would replace; here each of those is an error
-    model, info = getattr(transformers, opened.family.auto_class).from_pretrained(
+    model, info = opened.family.load_class().from_pretrained(
         directory,
         dtype=torch.bfloat16 if bf16 else torch.float32,
         output_loading_info=True,

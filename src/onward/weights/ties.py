@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from onward.checkpoint.tensorfile import read_tensor, tensor_bytes
 from onward.errors import InputError
+from onward.files import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -62,6 +63,8 @@ def with_ties(
 
 def _tied(base: Path, copies: list[tuple[Path, TensorEntry]]) -> bool:
     """As transformers decides when it loads: the configuration says so, and copies on disk, if there are two, agree."""
+    if read_json(base / "config.json").get("tie_word_embeddings") is False:
+        return False
     from transformers import AutoConfig
 
     try:

@@ -9,6 +9,7 @@ from onward.foreign.layouts.internlm2 import INTERNLM2
 from onward.foreign.layouts.internvl import INTERNVL
 from onward.foreign.layouts.layout import Layout
 from onward.foreign.layouts.qwen import QWEN
+from onward.foreign.layouts.qwen_vl import QWEN_VL
 
 __all__ = ["Layout", "layout_of"]
 
@@ -21,5 +22,5 @@ def layout_of(config: Mapping[str, Any]) -> Layout | None:
         case "internvl_chat":
             return INTERNVL
         case "qwen":
-            return QWEN
+            return QWEN_VL if "visual" in config else QWEN
     return None

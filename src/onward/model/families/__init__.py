@@ -12,12 +12,13 @@ from onward.errors import InputError
 from onward.foreign.layouts import layout_of
 from onward.model.families.decoder import DECODER, OTHER
 from onward.model.families.family import WHOLES, Family
+from onward.model.families.first_qwen_vl import FIRST_QWEN_VL
 from onward.model.families.internvl import INTERNVL
 from onward.model.families.llava import LLAVA
 from onward.model.families.mixture import MIXTURE
 from onward.model.families.qwen_vl import QWEN_VL
 
-FAMILIES = (DECODER, MIXTURE, LLAVA, QWEN_VL, INTERNVL)
+FAMILIES = (DECODER, MIXTURE, LLAVA, QWEN_VL, FIRST_QWEN_VL, INTERNVL)
 
 __all__ = ["FAMILIES", "WHOLES", "Family", "find_family"]
 

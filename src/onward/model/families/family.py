@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 from onward.errors import InputError
 
 WHOLES = ("language_model", "vision_tower", "projector")
 """The modules that partition a model's parameters; `embed_tokens` and `lm_head` are parts of `language_model`."""
-BUFFERS = r"(?:rotary_emb\.inv_freq|embeddings\.position_ids)$"
-"""Tensors of older files that are constants, not parameters: a merge copies them, nothing else looks at them."""
+BUFFERS = r"(?:rotary_emb\.inv_freq|embeddings\.position_ids|attn_pool\.pos_embed)$"
+"""Tensors of files that are constants, not parameters: a merge copies them, nothing else looks at them."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Family:
     tower is never the tower's. `renames` are (pattern, replacement) over the names on disk, tried in order, the first
     that matches applies: the way to canonical names, for every layout that this family's checkpoints have had.
     `experts` matches the names of weights that the files hold expert by expert and the model in memory as one tensor;
-    `not_linear` those of matrices that are no linear layers of the model. `version` changes when canonical names do.
+    `not_linear` those of matrices that are no linear layers of the model. `registers` is a module of onward's own that
+    brings the class to transformers. `version` changes when canonical names do.
     """
 
     name: str
@@ -33,7 +36,16 @@ class Family:
     renames: tuple[tuple[str, str], ...] = ()
     experts: str | None = None
     not_linear: str | None = None
+    registers: str | None = None
     version: int = 1
+
+    def load_class(self) -> Any:
+        """transformers' Auto class that builds these models."""
+        import transformers
+
+        if self.registers:
+            import_module(self.registers)
+        return getattr(transformers, self.auto_class)
 
     def to_canonical(self, disk: str) -> str:
         """The canonical name of a tensor of a model directory."""
