@@ -5,9 +5,10 @@ import pytest
 from data_helpers import build_tokenizer
 
 from onward.data.chat import render
+from onward.data.encode import load_encoder
 from onward.data.rows import read_conversation
 from onward.data.samples import BadSample
-from onward.data.template import load_template
+from onward.data.template import TEMPLATES, load_template, named_templates
 from onward.errors import InputError
 
 DATE = "2026-01-31"
@@ -199,6 +200,48 @@ def test_end_token(tokenizers):
     assert not load_template(endless, None, DATE, "model").has_end_token
 
 
-def test_model_without_template_says_where_to_put_one(tokenizers):
-    with pytest.raises(InputError, match=r"no chat template(.|\n)*base/chat_template.jinja"):
-        load_template(tokenizers(None), None, DATE, "base")
+def test_model_without_a_template_takes_texts_alone(tmp_path, tokenizers, origin):
+    tokenizers(None).save_pretrained(tmp_path / "base")
+    encoder = load_encoder(tmp_path / "base", max_length=99, overlong="error", loss_on="assistant", date=DATE)
+    assert len(encoder.encode({"text": "the fox"}, origin).input_ids) > 2
+    with pytest.raises(InputError, match=r"no chat template(.|\n)*alpaca \| chatml \| internlm2") as caught:
+        encoder.encode({"messages": TALK}, origin)
+    assert caught.value.where.endswith("base")
+
+
+@pytest.mark.parametrize("name", named_templates())
+@pytest.mark.parametrize("kind", ["bytes", "sentencepiece"])
+def test_named_templates_show_what_is_learnt(name, kind, tokenizers, origin):
+    """Each turn of the assistant with its end, and nothing else, from two turns of a conversation."""
+    text = (TEMPLATES / f"{name}.jinja").read_text()
+    tokenizer = tokenizers(None, kind, eos="</s>")
+    template = load_template(tokenizer, None, DATE, "model", text)
+    assert template.has_end_token, name
+    system = [] if name == "mistral" else [{"role": "system", "content": "Be brief."}]
+    talk = [*system, *(m for m in TALK if m["role"] in ("user", "assistant"))]
+    rendered = render(read_conversation({"messages": talk}, origin), template, "assistant", origin)
+    spans = [rendered.text[begin:end] for begin, end in rendered.trained]
+    said = [m["content"] for m in talk if m["role"] == "assistant"]
+    assert [span.strip().removesuffix(template.end_of_turn).strip() for span in spans] == said
+    assert all(span.endswith(template.end_of_turn) for span in spans)
+    prompt = template.render(read_conversation({"messages": talk[:-1]}, origin).messages, generation_prompt=True)
+    assert rendered.text.startswith(prompt), "what is learnt follows what a server asks with"
+
+
+def test_qwen_template_renders_tools_as_qwen_does(tokenizers, origin):
+    text = (TEMPLATES / "qwen2.5.jinja").read_text()
+    template = load_template(tokenizers(None, "bytes"), None, DATE, "model", text)
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    talk = [
+        {"role": "user", "content": "Rain?"}, {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "dry"}, {"role": "assistant", "content": "No."},
+    ]  # fmt: skip
+    row = {"messages": talk, "tools": [{"type": "function", "function": {"name": "weather"}}]}
+    rendered = render(read_conversation(row, origin), template, "assistant", origin)
+    spans = [rendered.text[begin:end] for begin, end in rendered.trained]
+    assert spans == [
+        '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>',
+        "No.<|im_end|>",
+    ]
+    assert '<tools>\n{"type": "function", "function": {"name": "weather"}}\n</tools>' in rendered.text
+    assert "<|im_start|>user\n<tool_response>\ndry\n</tool_response><|im_end|>" in rendered.text

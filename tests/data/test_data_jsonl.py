@@ -27,7 +27,14 @@ def opened(path, data: bytes) -> JsonlFile:
 
 
 def rows_of(file):
-    return [(file.origin(i).sample_id, row if isinstance(row, dict) else row.reason) for i, row in file.rows()]
+    return [(file.origin(i).sample_id, row_or_reason(file, i)) for i in range(len(file))]
+
+
+def row_or_reason(file, i):
+    try:
+        return file.row(i)
+    except BadSample as error:
+        return error.reason
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,8 @@ def _leaves(annotation, key=()):
     elif origin in (dict, tuple) and _holds_model(annotation):
         yield key if origin is tuple else (*key, "*")
         yield from _leaves(next(part for part in arguments if _holds_model(part)), (*key, "*"))
+    elif origin is dict:
+        yield (*key, "*")
     else:
         yield key
 

@@ -1,10 +1,11 @@
 """A function of the user's that changes samples at random, made repeatable.
 
 `augment: module:function` is called as `function(sample, rng)` and returns the sample to train on. `sample` is the
-row as `{"messages": …}` or `{"text": …}`, whatever its file has, a copy of its own, with every image part as {"type": "image", "image": PIL.Image in RGB}; `rng` is a
-random.Random. Its seed is a function of the run's seed, the stage, the epoch, the row and the repeat, so it is the
-same wherever and whenever the sample is made. The global generators of random, numpy and torch are seeded likewise
-during the call and put back after it: functions of image libraries that draw from them are repeatable too.
+row as `{"messages": …}` or `{"text": …}`, whatever its file has, a copy of its own, with every image part as
+{"type": "image", "image": PIL.Image in RGB}; `rng` is a random.Random. Its seed is a function of the run's seed, the
+stage, the epoch, the row and the repeat, so it is the same wherever and whenever the sample is made. The global
+generators of random, numpy and torch are seeded likewise during the call and put back after it: functions of image
+libraries that draw from them are repeatable too.
 """
 
 from __future__ import annotations

@@ -46,7 +46,9 @@ def _file(source: Path | bytes) -> Path | io.BytesIO:
 
 
 def _unreadable(source: ImageSource, error: Exception) -> str:
-    name = str(source) if isinstance(source, Path) else "that stands in the row itself"
+    if isinstance(source, bytes):
+        return "an image that stands in the row itself cannot be read"
+    name = str(source) if isinstance(source, Path) else "that augment returned"
     if isinstance(error, FileNotFoundError):
         return f"image {name} is missing"
     return f"image {name} cannot be read ({error})"

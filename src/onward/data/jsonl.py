@@ -27,12 +27,15 @@ SETTLED = 2.0
 
 @dataclass(frozen=True)
 class Index:
-    """Where rows begin and end (bytes, uint64 [rows]), on which lines (from 1), and the content's digest."""
+    """Where rows begin (bytes, uint64 [rows]), on which lines (from 1, uint64 [rows]), and the content's digest.
+
+    `in_array`: between them stand commas, and behind the last a bracket.
+    """
 
     starts: NDArray[np.uint64]
-    ends: NDArray[np.uint64]
     lines: NDArray[np.uint64]
     digest: str
+    in_array: bool = False
 
 
 class JsonlFile:
@@ -54,7 +57,8 @@ class JsonlFile:
         else:
             index = _unpack(remembered("jsonl", ["index", 2, *self._identity], lambda: _pack(scan(path))))
         require_unchanged(self.path, self._identity)
-        self._starts, self._ends, self._lines, self.digest = index.starts, index.ends, index.lines, index.digest
+        self._starts, self._lines, self.digest = index.starts, index.lines, index.digest
+        self._in_array = index.in_array
         self._descriptor: int | None = None
 
     def __len__(self) -> int:
@@ -71,16 +75,19 @@ class JsonlFile:
         return {self.path: self.digest}
 
     def origin(self, i: int) -> Origin:
-        """Where row `i` stands."""
+        """Where row `i` stands. Its id counts lines, or the objects of an array from 1: one line may hold them all."""
         line = int(self._lines[i])
-        return Origin(f"{self.label}:{line}", f"{self.path}:{line}", self.path.parent)
+        return Origin(f"{self.label}:{i + 1 if self._in_array else line}", f"{self.path}:{line}", self.path.parent)
 
     def row(self, i: int) -> dict[str, Any]:
         """Row `i`. BadSample when it is not a JSON object in UTF-8."""
         origin = self.origin(i)
-        begin, end = int(self._starts[i]), int(self._ends[i])
+        begin = int(self._starts[i])
+        end = int(self._starts[i + 1]) if i + 1 < len(self) else int(self._identity[1])
         require_unchanged(self.path, self._identity)
         data = os.pread(self._open(), end - begin, begin)
+        if self._in_array:
+            data = data[: data.rfind(b"}") + 1]
         try:
             row = json.loads(data.decode())
         except UnicodeDecodeError as error:
@@ -129,8 +136,8 @@ def scan(path: Path) -> Index:
     PlanError for a JSON array that is damaged.
     """
     if path.suffix == ".json" and begins_array(path):
-        begins, ends, numbers, digest = scan_array(path)
-        return Index(begins.astype(np.uint64), ends.astype(np.uint64), numbers.astype(np.uint64), digest)
+        begins, numbers, digest = scan_array(path)
+        return Index(begins.astype(np.uint64), numbers.astype(np.uint64), digest, in_array=True)
     hasher = hashlib.sha256()
     starts: list[NDArray[np.uint64]] = []
     lines: list[NDArray[np.uint64]] = []
@@ -151,9 +158,7 @@ def scan(path: Path) -> Index:
             take(buffer[:cut])
             offset, line, rest = offset + cut, line + buffer.count(b"\n"), buffer[cut:]
         take(rest)
-    places = np.concatenate(starts)
-    ends = np.append(places[1:], np.uint64(offset + len(rest)))[: len(places)]
-    return Index(places, ends, np.concatenate(lines), "sha256:" + hasher.hexdigest())
+    return Index(np.concatenate(starts), np.concatenate(lines), "sha256:" + hasher.hexdigest())
 
 
 def _rows_in(data: bytes, skip: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -174,10 +179,10 @@ def _rows_in(data: bytes, skip: int) -> tuple[NDArray[np.int64], NDArray[np.int6
 
 def _pack(index: Index) -> bytes:
     file = io.BytesIO()
-    np.savez(file, starts=index.starts, ends=index.ends, lines=index.lines, digest=np.array(index.digest))
+    np.savez(file, starts=index.starts, lines=index.lines, digest=np.array(index.digest), in_array=index.in_array)
     return file.getvalue()
 
 
 def _unpack(data: bytes) -> Index:
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return Index(arrays["starts"], arrays["ends"], arrays["lines"], str(arrays["digest"]))
+        return Index(arrays["starts"], arrays["lines"], str(arrays["digest"]), bool(arrays["in_array"]))

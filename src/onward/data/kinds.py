@@ -103,13 +103,12 @@ def _prompt(row: Row, origin: Origin) -> dict[str, Any]:
     prompt = next((row[name] for name in PROMPTS if name in row), None)
     response = next((row[name] for name in RESPONSES if name in row and row[name] is not prompt), None)
     if isinstance(prompt, list) or isinstance(response, list):  # messages in both, as TRL has them
-        turns = [
-            [{"role": role, "content": said}] if isinstance(said, str) else said
-            for role, said in (("user", prompt), ("assistant", response))
-        ]
-        if not all(isinstance(said, list) for said in turns):
-            raise bad(origin, "a prompt and a response are texts, or lists of messages")
-        return _messages({**row, "messages": turns[0] + turns[1]}, origin)
+        turns: list[Any] = []
+        for role, said in (("user", prompt), ("assistant", response)):
+            if not isinstance(said, str | list):
+                raise bad(origin, "a prompt and a response are texts, or lists of messages")
+            turns += [{"role": role, "content": said}] if isinstance(said, str) else said
+        return _messages({**row, "messages": turns}, origin)
     return _exchange(row, prompt, response, origin)
 
 

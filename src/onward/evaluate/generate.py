@@ -93,6 +93,6 @@ def _end_tokens(model: Any, encoder: Encoder) -> list[int]:
     configured = getattr(model.generation_config, "eos_token_id", None)
     ends = configured if isinstance(configured, list) else [configured]
     ends.append(encoder.tokenizer.eos_token_id)
-    if encoder.template.has_end_token:
+    if encoder.template and encoder.template.has_end_token:
         ends.append(encoder.tokenizer(encoder.template.end_of_turn.strip(), add_special_tokens=False)["input_ids"][-1])
     return sorted({int(token) for token in ends if token is not None})

@@ -30,11 +30,13 @@ FORWARD: tuple[Kind, Tier] = ("forward", "bitwise")
 BREAKING: tuple[Kind, Tier] = ("breaking", "refused")
 
 # Key → (kind, the tier that still holds once it is applied). `*` stands for one stage, module or list index.
-# Paths are free because content decides: `fingerprint_changes` compares what stands there; rows that were only added
+# Paths are free because content decides: `fingerprint_changes` compares what stands there and how its rows are read
+# (so formats, columns and the chat template are free too); rows that were only added
 # are a change like any other (docs/architecture.md says why). The engine's device and
 # threads are free because the environment decides: `environment_changes` compares what is really used.
 TABLE: dict[str, tuple[Kind, Tier]] = {
     "model": ("free", "bitwise"),
+    "chat_template": ("free", "bitwise"),
     "seed": BREAKING,
     "deterministic": ("acceptable", "state-exact"),
     "checkpoint.every": ("free", "bitwise"),
@@ -57,6 +59,8 @@ TABLE: dict[str, tuple[Kind, Tier]] = {
     "stages.*.train.*.targets": BREAKING,
     "stages.*.data": BREAKING,
     "stages.*.data.*.path": ("free", "bitwise"),
+    "stages.*.data.*.format": ("free", "bitwise"),
+    "stages.*.data.*.columns.*": ("free", "bitwise"),
     "stages.*.data.*.repeat": BREAKING,
     "stages.*.data.*.augment": BREAKING,
     "stages.*.data.*.fingerprint": BREAKING,
@@ -86,6 +90,8 @@ TABLE: dict[str, tuple[Kind, Tier]] = {
     "stages.*.evaluate": ("acceptable", "declared"),
     "stages.*.evaluate.data": ("acceptable", "declared"),
     "stages.*.evaluate.data.*.path": ("free", "bitwise"),
+    "stages.*.evaluate.data.*.format": ("free", "bitwise"),
+    "stages.*.evaluate.data.*.columns.*": ("free", "bitwise"),
     "stages.*.evaluate.data.*.repeat": ("acceptable", "declared"),
     "stages.*.evaluate.data.*.augment": ("acceptable", "declared"),
     "stages.*.evaluate.data.*.fingerprint": ("acceptable", "declared"),

@@ -61,9 +61,16 @@ class Train(Strict):
 
 
 class Source(Strict):
-    """One data file."""
+    """One data file, or several that a pattern matches."""
 
-    path: str = Field(description="JSON lines; relative to the plan file")
+    path: str = Field(
+        description="JSON lines, a JSON array, Parquet, a pattern of such files, or a directory that save_to_disk "
+        "wrote; relative to the plan file"
+    )
+    format: Literal["messages", "conversations", "xtuner", "alpaca", "prompt", "text"] | None = Field(
+        None, description="the kind of its rows; default what the first rows show (docs/data.md)"
+    )
+    columns: dict[str, str] = Field({}, description="columns that go by other names: theirs → ours")
     repeat: Positive = Field(1.0, description="times an epoch; a fraction is a seeded subset, another one each epoch")
     augment: str | None = Field(
         None, description="module:function of yours, called with (sample, random.Random), returning the sample"
@@ -214,6 +221,9 @@ class Plan(Strict):
     """A whole plan, defaults applied."""
 
     model: str = Field(description="a directory, a hub id, or modelscope:ID")
+    chat_template: str | None = Field(
+        None, description="for a base model: the name of a template (docs/data.md) or a file; default the model's own"
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="of every random draw")
     deterministic: bool = Field(True, description="deterministic algorithms; without them no start is bitwise")
     stages: tuple[Stage, ...] = Field(min_length=1)

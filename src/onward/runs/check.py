@@ -52,6 +52,18 @@ class GroupCheck:
 
 
 @dataclass(frozen=True)
+class SourceCheck:
+    """One source: how its rows are read, how many there are, what an epoch takes of them."""
+
+    path: str
+    format: str
+    columns: dict[str, str]
+    rows: int
+    usable: int
+    share: str
+
+
+@dataclass(frozen=True)
 class StageCheck:
     """One stage. Bytes: one checkpoint, all that retention lets stand at once, the output; memory while training.
 
@@ -61,6 +73,7 @@ class StageCheck:
     name: str
     modules: tuple[ModuleCheck, ...]
     groups: tuple[GroupCheck, ...]
+    sources: tuple[SourceCheck, ...]
     samples: int
     epochs: int | None
     steps: int
@@ -124,6 +137,10 @@ def _stage_lines(number: int, stage: StageCheck) -> Iterator[str]:
             for g in stage.groups
         ],
     )
+    for source in stage.sources:
+        renamed = "".join(f", {theirs} is {ours}" for theirs, ours in source.columns.items())
+        usable = f"{source.usable:,} of {source.rows:,} usable"
+        yield f"  {source.path}: {source.format} rows{renamed}; {usable}{source.share}"
     length = f"{stage.epochs} epochs of {stage.samples:,} samples" if stage.epochs else f"{stage.samples:,} samples"
     yield f"  {stage.steps:,} steps of {stage.batch_size} samples ({length}); {stage.schedule}"
     yield f"  {stage.tokens:,} tokens, {stage.target_tokens:,} of them learnt; longest sample {stage.longest:,} tokens"
@@ -154,7 +171,7 @@ def check_plan(loaded: LoadedPlan, *, show: int = 0, run: RunDirectory) -> Check
     if disk > free:
         warnings.append(f"the disk of {directory} has too little space for this plan")
     for name, stage in inputs.items():
-        if not stage.encoder.template.has_end_token:
+        if stage.encoder.template and not stage.encoder.template.has_end_token:
             warnings.append(
                 f"stage {name}: the chat template ends no turn with an end token: the model will not learn to stop"
             )
@@ -206,6 +223,17 @@ def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> Sta
         modules=tuple(_modules(resolved, stage, selection)),
         groups=tuple(
             GroupCheck(g.name, len(g.parameters), g.count, g.learning_rate, g.weight_decay) for g in selection.groups
+        ),
+        sources=tuple(
+            SourceCheck(
+                s.path,
+                rows.file.reading.kind,
+                dict(rows.file.reading.columns),
+                len(rows.file),
+                len(rows.used),
+                f", {rows.repeat:g} times an epoch" if rows.repeat != 1 else "",
+            )
+            for s, rows in zip(plan.data, inputs.data.sources, strict=True)
         ),
         samples=inputs.data.samples_per_epoch,
         epochs=plan.epochs,

@@ -12,7 +12,7 @@ from onward.checkpoint.manifest import Manifest, write_file, write_manifest
 from onward.checkpoint.read import open_checkpoint
 from onward.checkpoint.removal import belongs_to, discard
 from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS, Adapter
-from onward.checkpoint.tensorfile import write_tensors
+from onward.checkpoint.tensorfile import FileRecord, write_tensors
 from onward.errors import TrainingError
 from onward.files import PARTIAL, committed_directory, require_space
 from onward.model.directory import open_model_directory
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 # How far the logits of what was handed on may be from those of base + adapters, as a share of the largest logit:
 # fp32 sums in another order; or one rounding of each weight to the base's 16 bits.
 BOUND_FP32, BOUND_16_BIT = 1e-4, 0.05
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,8 @@ def hand_on(session: Session, result: Result) -> None:
                 write_file(partial / ADAPTER_CONFIG, text.encode()),
                 write_tensors(partial / ADAPTER_TENSORS, peft_tensors, {"format": "pt"}),
             )
+        if template := session.resolved.chat_template:
+            known = (*_without_templates(partial, known), _template_file(partial, template))
         manifest = Manifest(
             kind="output",
             run_id=session.lock.run_id,
@@ -121,6 +124,19 @@ def hand_on(session: Session, result: Result) -> None:
         write_manifest(partial, manifest)
     event = {"stage": stage.name, "step": result.step, "form": stage.output.form, **agreement}
     write_event(session.directory.journal, "output", attempt=session.attempt, **event)
+
+
+def _without_templates(directory: Path, known: tuple[FileRecord, ...]) -> tuple[FileRecord, ...]:
+    """The files but those of the base's own chat template, which are deleted."""
+    own = [record for record in known if record.path in TEMPLATE_FILES]
+    for record in own:
+        (directory / record.path).unlink()
+    return tuple(record for record in known if record not in own)
+
+
+def _template_file(directory: Path, text: str) -> FileRecord:
+    """The chat template that was learnt: who loads the output speaks to it with this one."""
+    return write_file(directory / TEMPLATE_FILES[0], text.encode())
 
 
 def _clear(stage: Path, run_id: str) -> None:

@@ -12,6 +12,7 @@ from onward.errors import InputError
 from onward.files import canonical_json, digest_bytes
 from onward.model.directory import fingerprint_model
 from onward.plan.functions import source_digest
+from onward.plan.load import LoadedPlan
 from onward.plan.lock import Extension, Lock, extensions_of
 from onward.plan.schema import Evaluate
 from onward.runs.resolve import Resolved, ResolvedStage
@@ -87,6 +88,7 @@ def _prepare(
         loss_on=plan.loss_on,
         date=date,
         images=ImageLimits(**dict(plan.images)) if plan.images else None,
+        chat_template=resolved.chat_template,
     )
     data = prepare(stage.sources, encoder, on_bad_sample=plan.on_bad_sample, progress=note)
     if data.skipped:
@@ -123,7 +125,10 @@ def content_of(resolved: Resolved, inputs: Mapping[str, StageInputs]) -> Content
         ready = inputs[stage.name]
         for sources, data in ((stage.data, ready.data), (stage.evaluate and stage.evaluate.data, ready.evaluation)):
             if sources and data:
-                files |= {s.path: rows.file.digest for s, rows in zip(sources, data.sources, strict=True)}
+                for source, rows in zip(sources, data.sources, strict=True):
+                    files |= _named(resolved.loaded, source.path, rows.file.contents)
+    if plan.chat_template and (file := resolved.loaded.resolve(plan.chat_template)).is_file():
+        files[plan.chat_template] = cached_digest(file)
     fingerprints = {
         **fingerprint_model(model, resolved.model.files),
         "data": {name: stage.data.fingerprint for name, stage in inputs.items()},
@@ -141,3 +146,12 @@ def _evaluation_print(plan: Evaluate, data: StageData) -> str:
     """What a stage is measured on, and the functions of the user's by which."""
     sources = {metric: source_digest(metric) for metric in plan.metrics if ":" in metric}
     return digest_bytes(canonical_json([data.fingerprint, sources])) if sources else data.fingerprint
+
+
+def _named(loaded: LoadedPlan, source: str, contents: Mapping[Path, str]) -> dict[str, str]:
+    """The digests of a source's files, by the path that the plan names, or would."""
+    whole, folder = loaded.resolve(source), loaded.path.parent
+    return {
+        source if path == whole else str(path.relative_to(folder) if path.is_relative_to(folder) else path): digest
+        for path, digest in contents.items()
+    }

@@ -31,11 +31,12 @@ class ResolvedStage:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A plan whose every name was found."""
+    """A plan whose every name was found. `chat_template`: the text of the one that the plan names."""
 
     loaded: LoadedPlan
     model: ModelDirectory
     stages: tuple[ResolvedStage, ...]
+    chat_template: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -50,6 +51,11 @@ def resolve(loaded: LoadedPlan, starts: Collection[str] = ()) -> Resolved:
     model = open_model_directory(model_directory(loaded))
     problems: list[str] = []
     stages = []
+    template = None
+    try:
+        template = _chat_template(loaded)
+    except PlanError as error:
+        problems.append(str(error))
     carried: dict[str, LoraLayer] = {}
     carried_full: set[str] = set()
     for number, stage in enumerate(loaded.plan.stages):
@@ -76,7 +82,7 @@ def resolve(loaded: LoadedPlan, starts: Collection[str] = ()) -> Resolved:
             problems.append(str(error))
     if problems:
         raise PlanError("\n".join(problems))
-    return Resolved(loaded, model, tuple(stages))
+    return Resolved(loaded, model, tuple(stages), template)
 
 
 def select_from(
@@ -102,11 +108,33 @@ def model_directory(loaded: LoadedPlan) -> Path:
 
 def _source(loaded: LoadedPlan, source: Source, key: tuple[str | int, ...]) -> ResolvedSource:
     from onward.data.prepare import ResolvedSource
+    from onward.data.sources import find_files
 
     path = loaded.resolve(source.path)
-    if not path.is_file():
-        raise PlanError(f"no such data file: {path}", where=loaded.where(*key))
-    return ResolvedSource(path, source.repeat, source.augment, source.fingerprint)
+    try:
+        find_files(path)
+    except PlanError as error:
+        raise PlanError(f"{error.message}: {error.where}", where=loaded.where(*key), hint=error.hint) from None
+    columns = tuple(source.columns.items())
+    return ResolvedSource(path, source.repeat, source.augment, source.fingerprint, source.format, columns)
+
+
+def _chat_template(loaded: LoadedPlan) -> str | None:
+    """The text of the plan's chat template: one of onward's own by name, or a file."""
+    from onward.data.template import TEMPLATES, named_templates
+
+    name = loaded.plan.chat_template
+    if name is None:
+        return None
+    file = TEMPLATES / f"{name}.jinja" if name in named_templates() else loaded.resolve(name)
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(
+            f"{name} is no template's name, and no file that can be read ({error})",
+            where=loaded.where("chat_template"),
+            hint=f"the names are {', '.join(named_templates())}",
+        ) from None
 
 
 def _require_metrics(stage: Stage, where: str) -> None:
