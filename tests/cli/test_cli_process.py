@@ -110,7 +110,7 @@ def test_errors_are_json_when_json_is_asked_for(tmp_path):
     error = json.loads(done.stdout)["error"]
     assert (done.returncode, error["exit_status"], error["kind"]) == (2, 2, "PlanError")
     assert error["message"].startswith(
-        "plan.yaml:3: stages.sft.train.language_model.mode: must be full, lora or frozen"
+        "plan.yaml:3: stages.sft.train.language_model.mode: must be full, lora, qlora or frozen"
     )
     assert error["message"] in done.stderr
 

@@ -165,9 +165,8 @@ def test_the_loss_with_the_image_is_far_below_that_without(models: Path, tmp_pat
     blind.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def measure() -> None:
-        from transformers import AutoTokenizer
-
         from onward.evaluate.command import evaluate_model
+        from transformers import AutoTokenizer
 
         output = tmp_path / "run/stages/2-second/output"
         seen, unseen = (

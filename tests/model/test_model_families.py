@@ -164,7 +164,7 @@ def test_a_mixture_of_experts_trains_around_its_experts(models: Path, tmp_path: 
     assert len(names) == len(attention.full) > 0
     # merged, everything that did not train is what it was: experts keep their names and bytes
     full = {name: loaded.model.get_parameter(name).detach() * 2 for name in names}
-    merge(opened.path, tmp_path, adapter=None, full=full, to_canonical=opened.family.to_canonical)
+    merge(opened.path, tmp_path, adapters=[], full=full, to_canonical=opened.family.to_canonical)
     before, after = load_file(opened.path / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     changed = {opened.family.to_canonical(name) for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys() and changed <= set(names) and changed

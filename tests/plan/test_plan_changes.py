@@ -73,6 +73,8 @@ def _leaves(annotation, key=()):
         yield key if origin is tuple else (*key, "*")
         yield from _leaves(next(part for part in arguments if _holds_model(part)), (*key, "*"))
     elif origin is dict:
+        if "train" in key:  # it comes and goes with the mode
+            yield key
         yield (*key, "*")
     else:
         yield key

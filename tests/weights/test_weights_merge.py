@@ -34,6 +34,15 @@ CONFIGS = {
     ),
     "embedding and head": ("llama", {"target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
     "a head trained in full": ("llama", {"modules_to_save": ["lm_head"]}),
+    "dora with patterns": (
+        "llama",
+        {"use_dora": True, "rank_pattern": {"v_proj": 9}, "alpha_pattern": {"q_proj": 5}},
+    ),
+    "dora and rslora, an embedding too": (
+        "llama",
+        {"use_dora": True, "use_rslora": True, "target_modules": ["embed_tokens", "q_proj"]},
+    ),
+    "dora, bf16 base": ("qwen3-bf16", {"use_dora": True}),
     "tied, layers with bias": ("qwen2-tied", {}),
     "bf16 base, fp32 adapter": ("qwen3-bf16", {}),
     "llava": ("llava", {"modules_to_save": ["multi_modal_projector"]}),
@@ -167,7 +176,8 @@ def test_a_checkpoint_of_onward_merges_with_all_that_it_trained(bases, tmp_path)
 
 def merge_full(base, out, full, adapter=None):
     out.mkdir()
-    return merge(base, out, adapter=adapter, full=full, to_canonical=lambda name: name)
+    adapters = [adapter] if adapter else []
+    return merge(base, out, adapters=adapters, full=full, to_canonical=lambda name: name)
 
 
 def test_full_weights_take_the_bases_type(bases, tmp_path):
@@ -295,7 +305,7 @@ def test_every_tensor_of_the_adapter_is_used_or_named(adapter, tmp_path, case):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("use_dora", True), ("peft_type", "LOHA"), ("fan_in_fan_out", True), ("lora_bias", True), ("bias", "all"),
+        ("peft_type", "LOHA"), ("fan_in_fan_out", True), ("lora_bias", True), ("bias", "all"),
         ("trainable_token_indices", [1]), ("target_parameters", ["x"]), ("layer_replication", [[0, 1]]),
         ("use_qalora", True), ("init_lora_weights", "pissa"), ("init_lora_weights", "loftq"),
         ("a_later_variant", {"x": 1}),
@@ -307,12 +317,6 @@ def test_what_is_not_plain_lora_is_refused_by_name(adapter, tmp_path, key, value
     path.write_text(json.dumps({**config, key: value}))
     with pytest.raises(InputError, match=key):
         peft_side.merged_by_us(adapter, None, tmp_path / "out")
-
-
-def test_a_real_dora_is_refused(bases, tmp_path):
-    peft_side.adapt(bases("llama"), tmp_path / "adapter", use_dora=True, target_modules=["up_proj"])
-    with pytest.raises(InputError, match="use_dora"):
-        peft_side.merged_by_us(tmp_path / "adapter", None, tmp_path / "out")
 
 
 def test_trained_both_in_the_adapter_and_beside_it_is_refused(adapter, bases, tmp_path):
@@ -381,7 +385,7 @@ def peak():
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 before = peak()
-report = merge(root / "base", root / "out", adapter=adapter, full={}, to_canonical=lambda name: name)
+report = merge(root / "base", root / "out", adapters=[adapter], full={}, to_canonical=lambda name: name)
 print(json.dumps({"grown": peak() - before, "tensor": size * size * 4, "merged": report.merged}))
 """
 

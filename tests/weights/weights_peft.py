@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from onward.model.families import find_family
-from onward.weights.merge import merge_adapter
+from onward.weights.merge import merge_adapters
 
 
 def load(base: Path):
@@ -38,8 +38,10 @@ def merged_by_peft(model) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in model.merge_and_unload().state_dict().items()}
 
 
-def merged_by_us(adapter: Path, base: Path | None, out: Path):
-    return merge_adapter(adapter, base, out, to_canonical_for=lambda config: find_family(config, "").to_canonical)
+def merged_by_us(adapter: Path | list[Path], base: Path | None, out: Path, **options):
+    adapters = adapter if isinstance(adapter, list) else [adapter]
+    to_canonical = lambda config: find_family(config, "").to_canonical  # noqa: E731
+    return merge_adapters(adapters, base, out, to_canonical_for=to_canonical, **options)
 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from onward.checkpoint.manifest import MANIFEST, Manifest, TensorRecord, read_manifest
 from onward.checkpoint.memory import has_room
-from onward.checkpoint.save import ADAPTER, ADAPTER_CONFIG, PROGRESS, WEIGHT, Adapter
+from onward.checkpoint.save import ADAPTER, ADAPTER_CONFIG, PROGRESS, QUANTISATION, WEIGHT, Adapter
 from onward.checkpoint.tensorfile import TensorEntry, read_header, read_tensor, tensor_of, torch_dtype
 from onward.checkpoint.verify import problems_of
 from onward.errors import DamageError, InputError, OnwardError, Refused
@@ -85,7 +85,9 @@ class Checkpoint:
         if all(record.path != ADAPTER_CONFIG for record in self.manifest.files):
             return None
         tensors = {tensor.name: tensor for tensor in self.manifest.tensors if tensor.slot == ADAPTER}
-        return Adapter(read_json(self.directory / ADAPTER_CONFIG), self._stored(tensors))
+        is_quantised = any(record.path == QUANTISATION for record in self.manifest.files)
+        quantisation = read_json(self.directory / QUANTISATION) if is_quantised else {}
+        return Adapter(read_json(self.directory / ADAPTER_CONFIG), self._stored(tensors), quantisation)
 
     def optimizer(self) -> StoredTensors[tuple[str, str]]:
         """The optimizer's state by (parameter, slot)."""

@@ -28,17 +28,21 @@ if TYPE_CHECKING:
     import torch
 
 WEIGHT, ADAPTER = "weight", "adapter"
-ADAPTER_CONFIG, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG, ADAPTER_TENSORS, QUANTISATION = "adapter_config.json", "adapter_model.safetensors", "quantisation.json"
 WEIGHTS, OPTIMIZER, PROGRESS = "weights-00000.safetensors", "optimizer-00000.safetensors", "progress.json"
 DAMAGED = ".damaged-"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA adapter: PEFT's adapter_config.json, and its tensors by PEFT key (`base_model.model.….lora_A.weight`)."""
+    """A LoRA adapter: PEFT's adapter_config.json, and its tensors by PEFT key (`base_model.model.….lora_A.weight`).
+
+    `quantisation`: how layers of the base were quantised while it trained (quantisation.json); {} where none was.
+    """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, torch.Tensor]
+    quantisation: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def snapshot_bytes(snapshot: Snapshot) -> int:
     values = [snapshot.progress, snapshot.environment]
     if snapshot.adapter is not None:
         tensors += snapshot.adapter.tensors.values()
-        values.append(snapshot.adapter.config)
+        values += [snapshot.adapter.config, snapshot.adapter.quantisation]
     return sum(t.numel() * t.element_size() + 2048 for t in tensors) + sum(len(_json(v)) for v in values) + 65536
 
 
@@ -155,6 +159,8 @@ def _write(snapshot: Snapshot, partial: Path) -> Manifest:
         adapter = snapshot.adapter.tensors
         files.append(write_file(partial / ADAPTER_CONFIG, _json(snapshot.adapter.config)))
         files.append(put(ADAPTER_TENSORS, {(name, ADAPTER): name for name in sorted(adapter)}, adapter))
+        if snapshot.adapter.quantisation:
+            files.append(write_file(partial / QUANTISATION, _json(snapshot.adapter.quantisation)))
     if snapshot.weights:
         weights = snapshot.weights
         files.append(put(WEIGHTS, {(name, WEIGHT): name for name in sorted(weights)}, weights))

@@ -22,8 +22,19 @@ def add_commands(commands: Commands) -> None:
         "fold adapters into their base model, in bounded memory",
         "onward merge runs/plan/stages/1-sft/checkpoints/step-000100 --out merged",
     )
-    parser.add_argument("adapter", metavar="ADAPTER", help="a PEFT LoRA directory (an onward checkpoint is one)")
-    parser.add_argument("--base", metavar="B", help="the base model's directory (default: the one the adapter names)")
+    parser.add_argument(
+        "adapters",
+        metavar="ADAPTER",
+        nargs="+",
+        help="a PEFT LoRA directory (an onward checkpoint is one); several add up",
+    )
+    parser.add_argument("--base", metavar="B", help="the base model's directory (default: the one the adapters name)")
+    parser.add_argument(
+        "--base-values",
+        choices=("original", "dequantised"),
+        default="original",
+        help="after qlora: merge into the base as it was (default), or as quantisation had left it",
+    )
     parser.add_argument("--out", metavar="DIR", required=True, help="a directory that does not exist yet")
     add_json(parser)
 
@@ -47,13 +58,14 @@ def add_commands(commands: Commands) -> None:
 
 def merge(arguments: argparse.Namespace) -> int:
     from onward.model.families import find_family
-    from onward.weights.merge import merge_adapter
+    from onward.weights.merge import merge_adapters
 
-    report = merge_adapter(
-        Path(arguments.adapter),
+    report = merge_adapters(
+        [Path(adapter) for adapter in arguments.adapters],
         Path(arguments.base) if arguments.base else None,
         Path(arguments.out),
         to_canonical_for=lambda config: find_family(config, "the base's config.json").to_canonical,
+        base_values=arguments.base_values,
     )
     show(report, as_json=arguments.json)
     return 0

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from onward.errors import DamageError
-from onward.model.selection import LORA_A, LORA_B, PEFT_PREFIX, LoraLayer
+from onward.model.selection import LORA_A, LORA_B, MAGNITUDE, PEFT_PREFIX, LoraLayer
 from onward.randomness import derive
 
 ADAPTER = "default"
@@ -28,6 +28,8 @@ def lora_config(layers: Sequence[LoraLayer], base: str | None) -> dict[str, Any]
         target_modules=sorted(layer.layer for layer in layers),
         rank_pattern={layer.layer: layer.rank for layer in layers if layer.rank != rank},
         alpha_pattern={layer.layer: layer.alpha for layer in layers if layer.alpha != alpha},
+        use_rslora=layers[0].rslora,
+        use_dora=layers[0].dora,
         base_model_name_or_path=base,
         bias="none",
     ).to_dict()
@@ -39,8 +41,8 @@ def lora_config(layers: Sequence[LoraLayer], base: str | None) -> dict[str, Any]
 def inject(model: Any, layers: Sequence[LoraLayer], seed: int, stage: str) -> dict[str, torch.nn.Parameter]:
     """Put adapters into `model` and give their parameters by PEFT name, in fp32.
 
-    A is drawn as peft draws it (Kaiming uniform, a = √5) from `derive(seed, stage, "lora", name)`, B is zero: an
-    adapter's start does not depend on what else is trained.
+    A is drawn as peft draws it (Kaiming uniform, a = √5) from `derive(seed, stage, "lora", name)`, B is zero, DoRA's
+    magnitudes are the lengths of the weight's rows: an adapter's start does not depend on what else is trained.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -53,20 +55,27 @@ def inject(model: Any, layers: Sequence[LoraLayer], seed: int, stage: str) -> di
     for layer in layers:
         module = model.get_submodule(layer.layer)
         a, b = module.lora_A[ADAPTER], module.lora_B[ADAPTER]
-        if module.r[ADAPTER] != layer.rank or not math.isclose(module.scaling[ADAPTER], layer.alpha / layer.rank):
+        if module.r[ADAPTER] != layer.rank or not math.isclose(module.scaling[ADAPTER], layer.scale):
             raise AssertionError(f"peft gave {layer.layer} another rank or scale")
         module.lora_dropout[ADAPTER] = torch.nn.Dropout(layer.dropout) if layer.dropout else torch.nn.Identity()
-        name_a, name_b = layer.names
+        name_a, name_b, *name_magnitude = layer.names
         generator = torch.Generator().manual_seed(derive(seed, stage, "lora", name_a))
         start = torch.empty(a.weight.shape, dtype=torch.float32)
         torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
         a.weight = torch.nn.Parameter(start.to(a.weight.device))
         b.weight = torch.nn.Parameter(torch.zeros_like(b.weight, dtype=torch.float32))
         parameters[name_a], parameters[name_b] = a.weight, b.weight
+        for name in name_magnitude:
+            lengths = torch.linalg.norm(module.base_layer.weight.detach().float(), dim=1)
+            module.lora_magnitude_vector[ADAPTER].weight = torch.nn.Parameter(lengths)
+            parameters[name] = module.lora_magnitude_vector[ADAPTER].weight
     return parameters
 
 
-_INJECTED = ("r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "bias")
+_INJECTED = (
+    "r", "lora_alpha", "lora_dropout", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
+    "bias",
+)  # fmt: skip
 
 
 def adapter_layers(config: Mapping[str, Any], names: Sequence[str], where: str) -> list[LoraLayer]:
@@ -74,15 +83,18 @@ def adapter_layers(config: Mapping[str, Any], names: Sequence[str], where: str) 
     layers = sorted(name.removeprefix(PEFT_PREFIX).removesuffix(LORA_A) for name in names if name.endswith(LORA_A))
     if layers != sorted(config["target_modules"]):
         raise DamageError("the adapter's tensors are not those of adapter_config.json", where=where)
-    expected = {f"{PEFT_PREFIX}{layer}{end}" for layer in layers for end in (LORA_A, LORA_B)}
+    ends = (LORA_A, LORA_B, MAGNITUDE) if config["use_dora"] else (LORA_A, LORA_B)
+    expected = {f"{PEFT_PREFIX}{layer}{end}" for layer in layers for end in ends}
     if odd := expected ^ {name for name in names if ".lora_" in name}:
-        raise DamageError(f"{min(odd)}: A and B do not go together", where=where)
+        raise DamageError(f"{min(odd)}: what belongs together is not there together", where=where)
     return [
         LoraLayer(
             layer,
             config["rank_pattern"].get(layer, config["r"]),
             config["alpha_pattern"].get(layer, config["lora_alpha"]),
             config["lora_dropout"],
+            config["use_rslora"],
+            config["use_dora"],
         )
         for layer in layers
     ]

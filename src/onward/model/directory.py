@@ -9,7 +9,7 @@ from typing import Any
 
 from onward.cache import cached_digest
 from onward.checkpoint.tensorfile import TensorEntry
-from onward.errors import PlanError
+from onward.errors import InputError, PlanError
 from onward.files import canonical_json, digest_bytes, read_json
 from onward.model.families import Family, find_family
 from onward.weights.shards import model_shards
@@ -24,7 +24,9 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class ModelDirectory:
-    """What is known without torch. `tensors` maps canonical names to entries, `disk_names` to names in the files."""
+    """What is known without torch. `tensors` maps canonical names to entries, `disk_names` to names in the files,
+    `places` to the files.
+    """
 
     path: Path
     config: Mapping[str, Any]
@@ -32,6 +34,7 @@ class ModelDirectory:
     files: tuple[str, ...]
     tensors: Mapping[str, TensorEntry]
     disk_names: Mapping[str, str]
+    places: Mapping[str, Path]
 
     @property
     def tied(self) -> bool:
@@ -49,21 +52,30 @@ class ModelDirectory:
 def open_model_directory(directory: Path) -> ModelDirectory:
     """Read the configuration and every header.
 
-    PlanError when it is no model directory; DamageError for a missing or damaged shard; InputError for weights in
-    another form than safetensors, and for a parameter that belongs to no module of the family.
+    PlanError when it is no model directory; DamageError for a missing or damaged shard; InputError for weights that are
+    quantised already or in another form than safetensors, and for a parameter that belongs to no module of the family.
     """
     if not directory.is_dir():
         raise PlanError("no such model directory", where=str(directory))
     if not (directory / "config.json").is_file():
         raise PlanError("not a model directory: config.json is missing", where=str(directory))
     config = read_json(directory / "config.json")
+    if how := config.get("quantization_config"):
+        raise InputError(
+            f"its weights are quantised already ({how.get('quant_method') if isinstance(how, dict) else how}): what "
+            "was rounded away cannot be trained or merged",
+            where=str(directory / "config.json"),
+            hint="give the original model; mode: qlora quantises its layers while they are loaded",
+        )
     family = find_family(config, str(directory / "config.json"))
     shards = model_shards(directory)
     entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
     disk_names = family.canonical_names(entries, str(directory))
     family.check_partition(disk_names, str(directory))
     tensors = {canonical: entries[disk] for canonical, disk in disk_names.items()}
-    return ModelDirectory(directory, config, family, tuple(s.path.name for s in shards), tensors, disk_names)
+    paths = {name: shard.path for shard in shards for name in shard.entries}
+    places = {canonical: paths[disk] for canonical, disk in disk_names.items()}
+    return ModelDirectory(directory, config, family, tuple(s.path.name for s in shards), tensors, disk_names, places)
 
 
 def fingerprint_model(directory: Path, files: tuple[str, ...]) -> dict[str, str]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from onward.errors import DamageError
+from onward.errors import DamageError, InputError
 from onward.model.directory import ModelDirectory, open_model_directory
+from onward.model.skeleton import empty_model, fill
+from onward.weights.quantised import Quantisation
 
 
 @dataclass(frozen=True)
@@ -20,21 +23,44 @@ class LoadedModel:
     directory: ModelDirectory
 
 
-def load_model(directory: Path, *, precision: str, device: str) -> LoadedModel:
+def load_model(
+    directory: Path, *, precision: str, device: str, quantised: Mapping[str, Quantisation] | None = None
+) -> LoadedModel:
     """Load a model directory with transformers: in fp32, or in bf16 where `precision` and every tensor are bf16.
+
+    The linear layers that `quantised` names are never whole in memory but one at a time: the model is built empty then,
+    and filled from the files.
 
     DamageError when a tensor is missing, unknown or of another shape, when a parameter in memory is not one of the
     directory's, and when tensors are tied in memory and not in the configuration, or the other way round.
     """
-    from transformers.utils import logging
-
     opened = open_model_directory(directory)
     bf16 = precision == "bf16" and all(entry.dtype == "BF16" for entry in opened.tensors.values())
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    if quantised:
+        if odd := next(filter(opened.family.is_expert, opened.tensors), None):
+            raise InputError(
+                f"{odd} is an expert's: a mixture of experts cannot be quantised while it is loaded",
+                where=str(directory),
+                hint="say mode: lora instead of qlora",
+            )
+        model = empty_model(opened)
+        fill(model, opened, quantised, dtype)
+    else:
+        model = _from_pretrained(opened, dtype)
+    _compare_names(model, opened)
+    model.requires_grad_(False)
+    return LoadedModel(model.to(device), opened)
+
+
+def _from_pretrained(opened: ModelDirectory, dtype: torch.dtype) -> Any:
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its report of what it would replace; here each of those is an error
     model, info = opened.family.load_class().from_pretrained(
-        directory,
-        dtype=torch.bfloat16 if bf16 else torch.float32,
+        opened.path,
+        dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # tells them apart instead of raising a report
         local_files_only=True,
@@ -43,7 +69,11 @@ def load_model(directory: Path, *, precision: str, device: str) -> LoadedModel:
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info[kind]:
             first = sorted(str(item) for item in info[kind])[0]
-            raise DamageError(f"{kind.replace('_', ' ')}: {len(info[kind])}, first {first}", where=str(directory))
+            raise DamageError(f"{kind.replace('_', ' ')}: {len(info[kind])}, first {first}", where=str(opened.path))
+    return model
+
+
+def _compare_names(model: Any, opened: ModelDirectory) -> None:
     family = opened.family
     in_memory = {name for name, _ in model.named_parameters() if not family.is_expert(name)}
     on_disk = {name for name in opened.parameters() if not family.is_expert(name)}
@@ -51,11 +81,9 @@ def load_model(directory: Path, *, precision: str, device: str) -> LoadedModel:
         place = "in memory" if odd[0] in in_memory else "on disk"
         raise DamageError(
             f"{len(odd)} parameters do not correspond between disk and memory, first {odd[0]} (only {place})",
-            where=str(directory),
+            where=str(opened.path),
             hint="is tie_word_embeddings in config.json what the weights are?",
         )
-    model.requires_grad_(False)
-    return LoadedModel(model.to(device), opened)
 
 
 def linear_weights(model: Any) -> set[str]:

@@ -6,13 +6,15 @@ import difflib
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from onward.errors import PlanError
 from onward.model.families import WHOLES, Family
 from onward.plan.schema import Stage, Train
+from onward.weights.lora import for_layer, matches
+from onward.weights.quantised import Quantisation
 
-LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
+LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 PEFT_PREFIX = "base_model.model."
 
 
@@ -30,26 +32,47 @@ class Group:
 
 @dataclass(frozen=True)
 class LoraLayer:
-    """Adapters of one linear layer [rows, columns]: B [rows, rank] @ A [rank, columns] times alpha / rank."""
+    """Adapters of one linear layer [rows, columns]: B [rows, rank] @ A [rank, columns] times `scale`. With `dora` each
+    row of the sum is brought to the length that a vector [rows] of magnitudes gives.
+    """
 
     layer: str
     rank: int
     alpha: float
     dropout: float
+    rslora: bool = False
+    dora: bool = False
+
+    def __str__(self) -> str:
+        kinds = "".join(f", {name}" for name in ("rslora", "dora") if getattr(self, name))
+        return f"rank {self.rank}, alpha {self.alpha:g}{kinds}"
 
     @property
-    def names(self) -> tuple[str, str]:
-        return f"{PEFT_PREFIX}{self.layer}{LORA_A}", f"{PEFT_PREFIX}{self.layer}{LORA_B}"
+    def scale(self) -> float:
+        return self.alpha / math.sqrt(self.rank) if self.rslora else self.alpha / self.rank
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """PEFT's names of A, B and, with `dora`, the magnitudes."""
+        ends = (LORA_A, LORA_B, MAGNITUDE) if self.dora else (LORA_A, LORA_B)
+        return tuple(f"{PEFT_PREFIX}{self.layer}{end}" for end in ends)
+
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
+        """Name → shape of its tensors."""
+        return dict(zip(self.names, ((self.rank, columns), (rows, self.rank), (rows,)), strict=False))
 
 
 @dataclass(frozen=True)
 class Selection:
-    """One stage's table: which key of `train` each parameter belongs to (None: frozen), adapters, groups."""
+    """One stage's table: which key of `train` each parameter belongs to (None: frozen), adapters, groups, and the
+    linear layers that are kept in few bits meanwhile.
+    """
 
     owner: Mapping[str, str | None]
     full: tuple[str, ...]
     lora: tuple[LoraLayer, ...]
     groups: tuple[Group, ...]
+    quantised: Mapping[str, Quantisation] = field(default_factory=dict)
 
 
 def looks_linear(name: str, shape: tuple[int, ...]) -> bool:
@@ -77,23 +100,33 @@ def select(
     full: list[str] = []
     lora: list[LoraLayer] = []
     groups: list[Group] = []
+    quantised: dict[str, Quantisation] = {}
     for key, train in stage.train.items():
         mine = [name for name, owned_by in owner.items() if owned_by == key]
         _no_experts(train, mine, family, where[key])
         if train.mode == "full":
             full += mine
             groups += _groups(key, stage, train, {name: shapes[name] for name in mine})
-        elif train.mode == "lora":
+        elif train.has_adapters:
             layers = _lora_layers(train, mine, linear, where[key])
             lora += layers
             sizes: dict[str, tuple[int, ...]] = {}
             for layer in layers:
                 rows, columns = shapes[layer.layer + ".weight"]
-                sizes.update(zip(layer.names, ((train.rank, columns), (rows, train.rank)), strict=True))
+                sizes |= layer.shapes(rows, columns)
             groups += _groups(key, stage, train, sizes)
+        if train.quantised_bits:
+            how = Quantisation(train.quantised_bits, train.quant_type, train.double_quant)
+            quantised |= dict.fromkeys(_inner_linear(mine, linear), how)
+    if lora and len({(layer.rslora, layer.dora) for layer in lora}) > 1:
+        odd = next(key for key, train in stage.train.items() if train.use_rslora or train.use_dora)
+        raise PlanError(
+            "use_rslora and use_dora hold for all adapters of a stage or for none: PEFT says them once an adapter",
+            where=where[odd],
+        )
     if not groups:
         raise PlanError("nothing is trained: every module is frozen", where=next(iter(where.values()), None))
-    return Selection(owner, tuple(full), tuple(lora), tuple(groups))
+    return Selection(owner, tuple(full), tuple(lora), tuple(groups), quantised)
 
 
 def _owners(
@@ -159,7 +192,9 @@ def _no_experts(train: Train, names: list[str], family: Family, where: str) -> N
 
 def _lora_layers(train: Train, names: list[str], linear: Collection[str], where: str) -> list[LoraLayer]:
     layers = [name.removesuffix(".weight") for name in names if name in linear]
-    if train.targets != "all-linear":
+    if train.targets == "all-linear":
+        layers = _inner_linear(names, linear)
+    else:
         for target in train.targets:
             if not any(_ends_with(layer, target) for layer in layers):
                 last = sorted({layer.rsplit(".", 1)[-1] for layer in layers})
@@ -167,12 +202,29 @@ def _lora_layers(train: Train, names: list[str], linear: Collection[str], where:
                     f"target {target} matches no linear layer here", where=where, hint=f"there are: {', '.join(last)}"
                 )
         layers = [layer for layer in layers if any(_ends_with(layer, target) for target in train.targets)]
-    else:  # as PEFT means it: the output layer is not an inner linear layer, unless it was named by itself
-        layers = [layer for layer in layers if layer != "lm_head"] or layers
     if not layers:
         raise PlanError("has no linear layer that LoRA could adapt", where=where)
+    for pattern in (*train.rank_pattern, *train.alpha_pattern):
+        try:
+            if not any(matches(pattern, layer) for layer in layers):
+                raise PlanError(f"pattern {pattern} matches none of the layers that get adapters", where=where)
+        except re.error as error:
+            raise PlanError(f"pattern {pattern} is no regular expression ({error})", where=where) from None
+    return [_lora_layer(train, layer) for layer in layers]
+
+
+def _lora_layer(train: Train, layer: str) -> LoraLayer:
+    rank = for_layer(layer, train.rank_pattern, train.rank)
     alpha = train.alpha if train.alpha is not None else 2.0 * train.rank
-    return [LoraLayer(layer, train.rank, alpha, train.dropout) for layer in layers]
+    return LoraLayer(
+        layer, rank, for_layer(layer, train.alpha_pattern, alpha), train.dropout, train.use_rslora, train.use_dora
+    )
+
+
+def _inner_linear(names: list[str], linear: Collection[str]) -> list[str]:
+    """Linear layers, as PEFT means it: the output layer is no inner one, unless it was named by itself."""
+    layers = [name.removesuffix(".weight") for name in names if name in linear]
+    return [layer for layer in layers if layer != "lm_head"] or layers
 
 
 def _ends_with(layer: str, target: str) -> bool:

@@ -12,14 +12,18 @@ from onward.errors import DamageError
 from onward.model.adapters import inject
 from onward.model.load import LoadedModel
 from onward.model.selection import LoraLayer, Selection
+from onward.weights.quantised import Quantisation
 
 
 @dataclass(frozen=True)
 class Carried:
-    """What earlier stages hand on beside the base, unmerged: adapters and modules trained in full, by name."""
+    """What earlier stages hand on beside the base, unmerged: adapters and modules trained in full, by name, and how
+    layers of the base were quantised meanwhile.
+    """
 
     layers: Sequence[LoraLayer] = ()
     tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    quantised: Mapping[str, Quantisation] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Trainable:
     parameters: Mapping[str, torch.nn.Parameter]
     held: Mapping[str, torch.nn.Parameter]
     layers: Sequence[LoraLayer]
+    quantised: Mapping[str, Quantisation]
 
     def full(self) -> dict[str, torch.Tensor]:
         """Modules that differ from the base as a whole, by canonical name: trained now, or carried."""
@@ -65,7 +70,8 @@ def make_trainable(loaded: LoadedModel, selection: Selection, carried: Carried, 
         _to_fp32(everything[name])
         everything[name].requires_grad_(True)
     held = {name: everything[name] for name in carried.tensors if name not in set(trained)}
-    return Trainable(model, selection, {name: everything[name] for name in trained}, held, layers)
+    quantised = {**carried.quantised, **selection.quantised}
+    return Trainable(model, selection, {name: everything[name] for name in trained}, held, layers, quantised)
 
 
 def _to_fp32(parameter: torch.nn.Parameter) -> None:

@@ -57,6 +57,15 @@ TABLE: dict[str, tuple[Kind, Tier]] = {
     "stages.*.train.*.alpha": BREAKING,
     "stages.*.train.*.dropout": ("acceptable", "declared"),
     "stages.*.train.*.targets": BREAKING,
+    "stages.*.train.*.rank_pattern": BREAKING,
+    "stages.*.train.*.rank_pattern.*": BREAKING,
+    "stages.*.train.*.alpha_pattern": BREAKING,
+    "stages.*.train.*.alpha_pattern.*": BREAKING,
+    "stages.*.train.*.use_rslora": BREAKING,
+    "stages.*.train.*.use_dora": BREAKING,
+    "stages.*.train.*.bits": BREAKING,
+    "stages.*.train.*.quant_type": BREAKING,
+    "stages.*.train.*.double_quant": BREAKING,
     "stages.*.data": BREAKING,
     "stages.*.data.*.path": ("free", "bitwise"),
     "stages.*.data.*.format": ("free", "bitwise"),
@@ -104,6 +113,7 @@ TABLE: dict[str, tuple[Kind, Tier]] = {
     "stages.*.early_stopping.threshold": ("acceptable", "declared"),
     "stages.*.output.form": ("acceptable", "declared"),
     "stages.*.output.from": ("acceptable", "declared"),
+    "stages.*.output.base_values": ("acceptable", "declared"),
 }
 
 # What is used follows from these keys of the plan: who changed the key has said so already.

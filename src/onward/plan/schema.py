@@ -13,7 +13,9 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=6
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
-LORA_KEYS = ("rank", "alpha", "dropout", "targets")
+Bits = Literal[4, 8]
+LORA_KEYS = ("rank", "alpha", "dropout", "targets", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+QUANTISED_KEYS = ("quant_type", "double_quant")
 
 
 TARGET_METRICS = ("loss", "perplexity", "token_accuracy")
@@ -34,7 +36,9 @@ class Strict(BaseModel):
 class Train(Strict):
     """How one module (or the parameters that a pattern matches) learns."""
 
-    mode: Literal["full", "lora", "frozen"] = Field(description="all weights, LoRA adapters, or nothing")
+    mode: Literal["full", "lora", "qlora", "frozen"] = Field(
+        description="all weights, LoRA adapters, LoRA adapters on quantised layers, or nothing"
+    )
     learning_rate: NotNegative | None = Field(None, description="instead of the stage's")
     learning_rate_scale: NotNegative | None = Field(None, description="times the stage's learning_rate")
     weight_decay: NotNegative | None = Field(None, description="instead of the optimizer's")
@@ -44,20 +48,52 @@ class Train(Strict):
     targets: Literal["all-linear"] | tuple[str, ...] = Field(
         "all-linear", description="LoRA: layers by the last parts of their names (q_proj, …), or every linear layer"
     )
+    rank_pattern: dict[str, Count] = Field(
+        default_factory=dict, description="LoRA: other ranks, by the last parts of layers' names; as in PEFT a pattern"
+    )
+    alpha_pattern: dict[str, Positive] = Field(default_factory=dict, description="LoRA: other alphas, likewise")
+    use_rslora: bool = Field(False, description="LoRA: scale is alpha / √rank (Kalajdzievski, 2023)")
+    use_dora: bool = Field(False, description="LoRA: DoRA, magnitudes apart from directions (Liu et al., 2024)")
+    bits: Bits | None = Field(
+        None, description="qlora (default 4) or frozen: the linear layers are kept in so many bits while training"
+    )
+    quant_type: Literal["nf4", "fp4"] = Field("nf4", description="bits: 4: which sixteen values")
+    double_quant: bool = Field(True, description="bits: 4: the blocks' scales are quantised too")
 
     @model_validator(mode="after")
     def _one_rate(self) -> Train:
         if self.learning_rate is not None and self.learning_rate_scale is not None:
             raise ValueError("give learning_rate or learning_rate_scale, not both")
-        if self.mode != "lora" and (given := [key for key in LORA_KEYS if key in self.model_fields_set]):
-            raise ValueError(f"{', '.join(given)}: only with mode: lora")
+        if not self.has_adapters and (given := [key for key in LORA_KEYS if key in self.model_fields_set]):
+            raise ValueError(f"{', '.join(given)}: only with mode: lora or qlora")
         return self
+
+    @model_validator(mode="after")
+    def _can_be_quantised(self) -> Train:
+        if self.bits and self.mode not in ("qlora", "frozen"):
+            raise ValueError("bits: only with mode: qlora or frozen")
+        given = [key for key in QUANTISED_KEYS if key in self.model_fields_set]
+        if given and self.quantised_bits != 4:
+            raise ValueError(f"{', '.join(given)}: only where bits is 4")
+        return self
+
+    @property
+    def has_adapters(self) -> bool:
+        return self.mode in ("lora", "qlora")
+
+    @property
+    def quantised_bits(self) -> Bits | None:
+        """In how many bits the linear layers are kept while training; None: as they are."""
+        return self.bits or (4 if self.mode == "qlora" else None)
 
     @model_serializer(mode="wrap")
     def _what_applies(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without LoRA's keys in another mode: what is written must read back."""
+        """Without the keys of another mode: what is written must read back."""
         values: dict[str, Any] = handler(self)
-        return {key: value for key, value in values.items() if self.mode == "lora" or key not in LORA_KEYS}
+        other: tuple[str, ...] = () if self.has_adapters else LORA_KEYS
+        other += () if self.quantised_bits == 4 else QUANTISED_KEYS
+        other += () if self.mode in ("qlora", "frozen") else ("bits",)
+        return {key: value for key, value in values.items() if key not in other}
 
 
 class Source(Strict):
@@ -127,6 +163,9 @@ class Output(Strict):
 
     form: Literal["merged", "adapters"] = "merged"
     from_: Literal["last", "best"] = Field("last", alias="from", description="best: by the first metric of evaluate")
+    base_values: Literal["original", "dequantised"] = Field(
+        "original", description="merged, after qlora: into the base as it was, or as quantisation had left it"
+    )
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -209,7 +210,11 @@ def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> Sta
     checkpoint = trained * FP32 * (1 + ADAM_SLOTS) + tensors * 1024
     keep = resolved.loaded.plan.checkpoint
     epochs_run = inputs.total_steps / math.ceil(inputs.data.samples_per_epoch / plan.batch_size)
-    frozen = sum(entry.nbytes for entry in resolved.model.tensors.values())
+    frozen = sum(
+        math.prod(entry.shape) * selection.quantised[layer].bits / 8 if layer in selection.quantised else entry.nbytes
+        for name, entry in resolved.model.tensors.items()
+        for layer in [name.removesuffix(".weight")]
+    )
     tokens = round(inputs.data.tokens_per_epoch * epochs_run)
     targets = round(inputs.data.targets_per_epoch * epochs_run)
     shapes = {name: entry.shape for name, entry in resolved.model.parameters().items()}
@@ -248,7 +253,7 @@ def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> Sta
         checkpoint_bytes=checkpoint,
         checkpoints_bytes=checkpoint * (_kept(keep, plan, inputs.total_steps) + 1),  # one is written before one goes
         output_bytes=base,
-        memory_bytes=frozen + trained * FP32 * (2 + ADAM_SLOTS),
+        memory_bytes=round(frozen) + trained * FP32 * (2 + ADAM_SLOTS),
         seconds=operations(shapes, selection.full, tokens, targets) / rate,
     )
 
@@ -267,11 +272,17 @@ def _modules(resolved: Resolved, stage: ResolvedStage, selection: Selection) -> 
     entries = resolved.model.parameters()
     for key, train in stage.plan.train.items():
         mine = [entries[name] for name, owner in selection.owner.items() if owner == key]
-        detail = ""
-        if train.mode == "lora":
+        details = []
+        if train.has_adapters:
             layers = [layer for layer in selection.lora if selection.owner[layer.layer + ".weight"] == key]
-            detail = f"rank {train.rank}, alpha {layers[0].alpha:g}, dropout {train.dropout:g} on {len(layers)} layers"
-        yield ModuleCheck(key, train.mode, len(mine), sum(math.prod(entry.shape) for entry in mine), detail)
+            kinds = Counter(map(str, layers)).most_common()
+            counted = "; ".join(f"{kind} on {count} layers" for kind, count in kinds)
+            details.append(f"{counted}; dropout {train.dropout:g}")
+        kept = [how for name, how in selection.quantised.items() if selection.owner[name + ".weight"] == key]
+        if kept:
+            details.append(f"{len(kept)} layers kept as {kept[0]}")
+        size = sum(math.prod(entry.shape) for entry in mine)
+        yield ModuleCheck(key, train.mode, len(mine), size, "; ".join(details))
     rest = [entries[name] for name, owner in selection.owner.items() if owner is None]
     if rest:
         yield ModuleCheck("everything else", "frozen", len(rest), sum(math.prod(entry.shape) for entry in rest), "")

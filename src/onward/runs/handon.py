@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from onward.checkpoint.manifest import Manifest, write_file, write_manifest
 from onward.checkpoint.read import open_checkpoint
 from onward.checkpoint.removal import belongs_to, discard
-from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS, Adapter
+from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS, QUANTISATION, Adapter
 from onward.checkpoint.tensorfile import FileRecord, write_tensors
 from onward.errors import TrainingError
 from onward.files import PARTIAL, committed_directory, require_space
@@ -24,6 +24,7 @@ from onward.runs.outputs import Start, as_peft, base_name
 from onward.runs.reopen import reopened_logits
 from onward.runs.stage import LiveStage, put_in_place
 from onward.weights.merge import merge, merge_bytes
+from onward.weights.quantised import Quantisation, to_json
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +41,9 @@ TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 class Result:
     """What a stage trained, taken out of the model in memory, which is not needed any more. Tensors lie on the CPU.
 
-    `expected`: the live model's logits for `batch`, to which the output is held.
+    `expected`: the logits for `batch` of base + adapters, to which the output is held: the live model's, or where it
+    has quantised layers, those with the base's values that are to be merged. `drift`: how far from the live model's
+    the logits are with either base's values.
     """
 
     plan: Stage
@@ -50,14 +53,15 @@ class Result:
     config: dict[str, Any]
     adapters: Mapping[str, torch.Tensor]
     full: Mapping[str, torch.Tensor]
+    quantised: Mapping[str, Quantisation]
     batch: Mapping[str, torch.Tensor]
     expected: torch.Tensor
+    drift: Mapping[str, float]
 
 
 def result_of(session: Session, live: LiveStage) -> Result:
     """The stage's result: where it ended, or its best checkpoint, put in place first."""
     from onward.model.adapters import lora_config
-    from onward.model.probe import probe_logits
 
     stage, training = live.plan, live.training
     if stage.output.from_ == "best" and training.progress.best:
@@ -66,6 +70,7 @@ def result_of(session: Session, live: LiveStage) -> Result:
     trainable, batch = training.trainable, live.probe_batch()
     output = session.directory.output(session.resolved.names, stage.name)
     base = base_name(live.start.base, output, session.directory.path)
+    expected, drift = _expected(live, batch)
     return Result(
         plan=stage,
         start=live.start,
@@ -74,9 +79,31 @@ def result_of(session: Session, live: LiveStage) -> Result:
         config=lora_config(trainable.layers, base) if trainable.layers else {},
         adapters={name: tensor.cpu() for name, tensor in trainable.adapters().items()},
         full={name: tensor.cpu() for name, tensor in trainable.full().items()},
+        quantised=trainable.quantised,
         batch=batch,
-        expected=probe_logits(trainable.model, batch, live.engine.autocast()),
+        expected=expected,
+        drift=drift,
     )
+
+
+def _expected(live: LiveStage, batch: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+    """The logits to which a merged output is held; how far they are from those that were trained, for each base."""
+    from onward.checkpoint.tensorfile import read_tensor, torch_dtype
+    from onward.model.probe import probe_logits
+    from onward.model.quantised import standing_in
+
+    trainable, output = live.training.trainable, live.plan.output
+    trained = probe_logits(trainable.model, batch, live.engine.autocast())
+    if not trainable.quantised or output.form != "merged":
+        return trained, {}
+    opened = open_model_directory(live.start.base)
+    logits = {}
+    with standing_in(trainable.model, lambda name, _: read_tensor(opened.places[name], opened.tensors[name])):
+        logits["original"] = probe_logits(trainable.model, batch, live.engine.autocast())
+    with standing_in(trainable.model, lambda name, weight: weight.to(torch_dtype(opened.tensors[name].dtype))):
+        logits["dequantised"] = probe_logits(trainable.model, batch, live.engine.autocast())
+    drift = {name: float((values - trained).abs().max()) for name, values in logits.items()}
+    return logits[output.base_values], drift
 
 
 def hand_on(session: Session, result: Result) -> None:
@@ -93,14 +120,23 @@ def hand_on(session: Session, result: Result) -> None:
     require_space(output, size, f"the output of stage {stage.name}")
     _clear(output.parent, session.lock.run_id)
     with committed_directory(output, session.lock.run_id) as partial:
-        agreement = {}
+        agreement: dict[str, Any] = {}
         if is_merged:
             opened = open_model_directory(result.start.base)
-            adapter = Adapter(result.config, result.adapters) if result.adapters else None
-            to_canonical = opened.family.to_canonical
-            known = merge(opened.path, partial, adapter=adapter, full=result.full, to_canonical=to_canonical).files
+            report = merge(
+                opened.path,
+                partial,
+                adapters=[Adapter(result.config, result.adapters)] if result.adapters else [],
+                full=result.full,
+                to_canonical=opened.family.to_canonical,
+                quantised=result.quantised,
+                base_values=stage.output.base_values,
+            )
+            known = report.files
             is_fp32 = stage.precision == "fp32" and all(entry.dtype == "F32" for entry in opened.tensors.values())
             agreement = _agreement(session, result, partial, BOUND_FP32 if is_fp32 else BOUND_16_BIT)
+            if report.drift:
+                agreement |= _drift(session, result, report.drift)
         else:
             config, peft_tensors = as_peft(result.config, result.adapters, result.full)
             text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -108,6 +144,9 @@ def hand_on(session: Session, result: Result) -> None:
                 write_file(partial / ADAPTER_CONFIG, text.encode()),
                 write_tensors(partial / ADAPTER_TENSORS, peft_tensors, {"format": "pt"}),
             )
+            if result.quantised:
+                text = json.dumps(to_json(result.quantised), indent=2, ensure_ascii=False) + "\n"
+                known = (*known, write_file(partial / QUANTISATION, text.encode()))
         if template := session.resolved.chat_template:
             known = (*_without_templates(partial, known), _template_file(partial, template))
         manifest = Manifest(
@@ -146,7 +185,19 @@ def _clear(stage: Path, run_id: str) -> None:
             discard(path, run_id)
 
 
-def _agreement(session: Session, result: Result, model: Path, share: float) -> dict[str, float]:
+def _drift(session: Session, result: Result, weights: Mapping[str, float]) -> dict[str, Any]:
+    """Say how far the merged model is from the quantised one that was trained, with either base's values."""
+    taken, largest = result.plan.output.base_values, float(result.expected.abs().max())
+    for name, logits in result.drift.items():
+        session.view.note(
+            f"stage {result.plan.name}: with the {name} base's values{' (taken)' if name == taken else ''} the weights "
+            f"differ from those that were trained by {weights[name]:.2%}, the logits by {logits:.2g} at most "
+            f"(the largest is {largest:.2g})"
+        )
+    return {"base_values": taken, "weight_drift": dict(weights), "logit_drift": dict(result.drift)}
+
+
+def _agreement(session: Session, result: Result, model: Path, share: float) -> dict[str, Any]:
     """Reopen the output in a new process; its logits against those of base + adapters."""
     plan = session.resolved.loaded.plan
     again = reopened_logits(

@@ -16,7 +16,7 @@ from onward.plan.load import plan_from
 from onward.plan.lock import locked_plan, plan_values
 from onward.runs.begin import open_lock, plan_file
 from onward.runs.directory import RunDirectory
-from onward.runs.outputs import Start, beside_base, start_of, verified_output
+from onward.runs.outputs import Start, beside_base, quantised_under, start_of, verified_output
 from onward.runs.reference import Reference, find_checkpoint, parse_reference
 from onward.runs.resolve import model_directory
 
@@ -79,18 +79,23 @@ def _of_run(reference: Reference) -> Named:
 
 
 def load_named(named: Named, *, precision: str, device: str) -> Any:
-    """The transformers model, adapters beside it. DamageError where base and adapter do not fit."""
+    """The transformers model, adapters beside it on the base that they were trained on: quantised, where it was.
+
+    DamageError where base and adapter do not fit.
+    """
     from onward.model.load import load_model
     from onward.model.selection import Selection
     from onward.model.trainable import make_trainable
 
-    loaded = load_model(named.base, precision=precision, device=device)
     if named.checkpoint and named.start:
         checkpoint = find_checkpoint(named.checkpoint)
         if checkpoint.manifest.base != named.start.fingerprint:
             raise DamageError("was trained on another base than the one that is there", where=str(named.checkpoint))
         beside = beside_base(named.start, checkpoint)
+        loaded = load_model(named.base, precision=precision, device=device, quantised=beside.quantised)
         return make_trainable(loaded, Selection({}, (), (), ()), beside, seed=0, stage="").model.eval()
+    quantised = quantised_under(named.adapter) if named.adapter else {}
+    loaded = load_model(named.base, precision=precision, device=device, quantised=quantised)
     return (_with_adapter(loaded.model, named.adapter) if named.adapter else loaded.model).eval()
 
 

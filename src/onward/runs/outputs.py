@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onward.checkpoint.manifest import Manifest, read_manifest
-from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS
+from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS, QUANTISATION
 from onward.checkpoint.verify import verify_directory
 from onward.errors import DamageError
 from onward.files import canonical_json, digest_bytes, read_json
 from onward.model.selection import PEFT_PREFIX
 from onward.plan.lock import Lock
 from onward.runs.directory import START, RunDirectory
+from onward.weights.quantised import Quantisation, from_json
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +107,13 @@ def carried_from(directory: Path | None) -> Carried:
     lora = [name for name in stored if ".lora_" in name]
     layers: list[LoraLayer] = adapter_layers(config, lora, str(directory / ADAPTER_CONFIG))
     tensors = {name if ".lora_" in name else name.removeprefix(PEFT_PREFIX): tensor for name, tensor in stored.items()}
-    return Carried(layers, tensors)
+    return Carried(layers, tensors, quantised_under(directory))
+
+
+def quantised_under(adapter: Path) -> dict[str, Quantisation]:
+    """How layers of the base were quantised while the adapter in a directory trained."""
+    path = adapter / QUANTISATION
+    return from_json(read_json(path), str(path)) if path.exists() else {}
 
 
 def beside_base(start: Start, checkpoint: Checkpoint) -> Carried:
@@ -118,7 +125,10 @@ def beside_base(start: Start, checkpoint: Checkpoint) -> Carried:
     layers = adapter_layers(own.config, list(own.tensors), str(checkpoint.directory)) if own else []
     known = {layer.layer for layer in layers}
     layers += [layer for layer in carried.layers if layer.layer not in known]
-    return Carried(layers, {**carried.tensors, **checkpoint.weights(), **(own.tensors if own else {})})
+    quantised = (
+        from_json(own.quantisation, str(checkpoint.directory)) if own and own.quantisation else carried.quantised
+    )
+    return Carried(layers, {**carried.tensors, **checkpoint.weights(), **(own.tensors if own else {})}, quantised)
 
 
 def as_peft(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from onward.plan.functions import require_arguments
 from onward.plan.load import LoadedPlan
 from onward.plan.schema import Source, Stage
 from onward.runs.hub import hub_directory, is_hub_id
+from onward.weights.quantised import Quantisation
 
 if TYPE_CHECKING:
     from onward.data.prepare import ResolvedSource
@@ -58,16 +59,18 @@ def resolve(loaded: LoadedPlan, starts: Collection[str] = ()) -> Resolved:
         problems.append(str(error))
     carried: dict[str, LoraLayer] = {}
     carried_full: set[str] = set()
+    quantised: dict[str, Quantisation] = {}
     for number, stage in enumerate(loaded.plan.stages):
         where = {key: loaded.where("stages", number, "train", key) for key in stage.train}
         if stage.name in starts:
-            carried, carried_full = {}, set()
+            carried, carried_full, quantised = {}, set(), {}
         try:
             selection = select_from(model, stage, where)
-            _fits_what_is_carried(selection, carried, where)
+            _fits_what_is_carried(selection, carried, quantised, where)
             if stage.output.form == "merged":
-                carried, carried_full = {}, set()
+                carried, carried_full, quantised = {}, set(), {}
             else:
+                quantised |= selection.quantised
                 carried |= {layer.layer: layer for layer in selection.lora}
                 carried_full |= set(selection.full)
                 _fits_in_an_adapter(model, carried, carried_full, loaded.where("stages", number, "output"))
@@ -147,19 +150,36 @@ def _require_metrics(stage: Stage, where: str) -> None:
                 raise PlanError(error.message, where=where, hint=error.hint) from None
 
 
-def _fits_what_is_carried(selection: Selection, carried: Mapping[str, LoraLayer], where: Mapping[str, str]) -> None:
-    """Adapters handed on unmerged go on as they are: same rank and scale, and no full training under them."""
-    hint = "let the stage before hand on `output: merged`, or keep rank and alpha"
+def _fits_what_is_carried(
+    selection: Selection,
+    carried: Mapping[str, LoraLayer],
+    quantised: Mapping[str, Quantisation],
+    where: Mapping[str, str],
+) -> None:
+    """Adapters handed on unmerged go on as they are: same rank, scale and kind, on the base that they were trained on,
+    and no full training under them.
+    """
+    hint = "let the stage before hand on `output: merged`, or keep rank, alpha, use_rslora, use_dora and bits"
     for layer in selection.lora:
         before = carried.get(layer.layer)
         key = selection.owner[layer.layer + ".weight"]
-        if before and (before.rank, before.alpha) != (layer.rank, layer.alpha) and key:
+        if before and key and replace(before, dropout=0) != replace(layer, dropout=0):
+            raise PlanError(f"goes on with adapters of {before}, not {layer}", where=where[key], hint=hint)
+        if before and key and quantised.get(layer.layer) != selection.quantised.get(layer.layer):
+            was, now = (place.get(layer.layer, "not quantised") for place in (quantised, selection.quantised))
             raise PlanError(
-                f"goes on with adapters of rank {before.rank}, alpha {before.alpha:g}, "
-                f"not rank {layer.rank}, alpha {layer.alpha:g}",
-                where=where[key],
-                hint=hint,
+                f"goes on with adapters whose base was {was}, which is {now} here", where=where[key], hint=hint
             )
+    if odd := [
+        c for c in carried.values() for own in selection.lora[:1] if (c.rslora, c.dora) != (own.rslora, own.dora)
+    ]:
+        key = selection.owner[selection.lora[0].layer + ".weight"] or ""
+        raise PlanError(
+            f"{odd[0].layer} carries adapters of {odd[0]}, to which these of {selection.lora[0]} cannot be added: "
+            "PEFT says use_rslora and use_dora once an adapter",
+            where=where[key],
+            hint=hint,
+        )
     for name in selection.full:
         key = selection.owner[name]
         if name.removesuffix(".weight") in carried and key:

@@ -66,6 +66,7 @@ def report_failure(session: Session, live: LiveStage) -> None:
 def _snapshot(session: Session, live: LiveStage) -> Snapshot:
     from onward.model.adapters import lora_config
     from onward.train.optimizer import optimizer_state
+    from onward.weights.quantised import to_json
 
     training, stage = live.training, live.plan
     progress, trainable = training.progress, training.trainable
@@ -74,6 +75,7 @@ def _snapshot(session: Session, live: LiveStage) -> Snapshot:
     directory = live.checkpoints / checkpoint_name(progress.step)
     layers = trainable.selection.lora
     config = lora_config(layers, base_name(live.start.base, directory, session.directory.path)) if layers else None
+    quantisation = to_json(trainable.quantised) if trainable.quantised else {}
     return Snapshot(
         run_id=session.lock.run_id,
         stage=stage.name,
@@ -82,7 +84,7 @@ def _snapshot(session: Session, live: LiveStage) -> Snapshot:
         base=live.start.fingerprint,
         names=session.names(),
         weights={name: p.detach() for name, p in trainable.parameters.items() if name not in lora},
-        adapter=Adapter(config, {name: p.detach() for name, p in lora.items()}) if config else None,
+        adapter=Adapter(config, {name: p.detach() for name, p in lora.items()}, quantisation) if config else None,
         optimizer=optimizer_state(training.optimizer, trainable.parameters),
         optimizer_name=stage.optimizer.name,
         progress=progress.to_json(),

@@ -11,6 +11,7 @@ from onward.checkpoint.background import Background
 from onward.checkpoint.read import Checkpoint, newest_verified
 from onward.checkpoint.save import finish_replacements
 from onward.errors import DamageError, Refused, TrainingError
+from onward.model.directory import open_model_directory
 from onward.plan.schema import Stage
 from onward.runs.journal import write_event
 from onward.runs.outputs import Start, carried_from
@@ -64,16 +65,19 @@ def set_up(session: Session, number: int, start: Start, checkpoint: Checkpoint |
     """Load the stage's base, make it ready to learn, put its newest verified checkpoint in place if there is one."""
     from onward.engine.single import Single
     from onward.model.load import linear_weights, load_model
+    from onward.model.skeleton import empty_model
     from onward.model.trainable import make_trainable
     from onward.train.loop import Training
     from onward.train.optimizer import make_optimizer
     from onward.train.progress import Progress
 
     stage, plan = session.resolved.stages[number].plan, session.resolved.loaded.plan
-    loaded = load_model(start.base, precision=stage.precision, device=str(session.device))
+    opened, carried = open_model_directory(start.base), carried_from(start.adapters)
     where = {key: session.resolved.loaded.where("stages", number, "train", key) for key in stage.train}
-    selection = select_from(loaded.directory, stage, where, linear_weights(loaded.model))
-    trainable = make_trainable(loaded, selection, carried_from(start.adapters), seed=plan.seed, stage=stage.name)
+    selection = select_from(opened, stage, where, linear_weights(empty_model(opened)))
+    quantised = {**carried.quantised, **selection.quantised}
+    loaded = load_model(start.base, precision=stage.precision, device=str(session.device), quantised=quantised)
+    trainable = make_trainable(loaded, selection, carried, seed=plan.seed, stage=stage.name)
     inputs = session.inputs[stage.name]
     training = Training(
         stage=stage.name,

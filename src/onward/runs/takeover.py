@@ -20,7 +20,7 @@ from onward.checkpoint.verify import problems_of
 from onward.errors import DamageError
 from onward.files import append_jsonl, canonical_json, require_space
 from onward.model.directory import open_model_directory
-from onward.plan.lock import Lock
+from onward.plan.lock import Lock, locked_plan
 from onward.runs.directory import RunDirectory, checkpoint_name
 from onward.runs.inputs import StageInputs
 from onward.runs.journal import newest_rows, read_metrics, write_event
@@ -78,7 +78,7 @@ def take_over(source: Source, target: RunDirectory, lock: Lock, inputs: Mapping[
     taken: list[Manifest] = []
     if forked.weights_only:
         base = start_of(source.run, source.lock, names, names.index(source.stage), model)
-        manifest = _merge(source.checkpoint, base, target.start(names, source.stage), lock.run_id)
+        manifest = _merge(source, base, target.start(names, source.stage), lock.run_id)
         starts[source.stage] = content_fingerprint(manifest)
     elif forked.keeps_place:
         for step, directory in _wanted(source).items():
@@ -132,21 +132,25 @@ def _link(source: Path, target: Path) -> None:
         raise DamageError("missing", where=str(source)) from None
 
 
-def _merge(checkpoint: Checkpoint, start: Start, target: Path, run_id: str) -> Manifest:
+def _merge(source: Source, start: Start, target: Path, run_id: str) -> Manifest:
     """The model that a checkpoint makes of its stage's start: all that is trained or carried folded in."""
     from onward.model.adapters import lora_config
 
+    checkpoint = source.checkpoint
     beside = beside_base(start, checkpoint)
     adapters = {name: tensor for name, tensor in beside.tensors.items() if ".lora_" in name}
+    plan = next(stage for stage in locked_plan(source.lock).stages if stage.name == source.stage)
     base = open_model_directory(start.base)
     require_space(target, merge_bytes(base.path), "the weights that the stage begins from")
     target.mkdir(parents=True)
     report = merge(
         base.path,
         target,
-        adapter=Adapter(lora_config(beside.layers, None), adapters) if beside.layers else None,
+        adapters=[Adapter(lora_config(beside.layers, None), adapters)] if beside.layers else [],
         full={name: tensor for name, tensor in beside.tensors.items() if name not in adapters},
         to_canonical=base.family.to_canonical,
+        quantised=beside.quantised,
+        base_values=plan.output.base_values,
     )
     manifest = Manifest(
         kind="output",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS, Adapter
+from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS, QUANTISATION, Adapter
 from onward.checkpoint.tensorfile import read_header, read_tensor
 from onward.errors import InputError
 from onward.files import read_json
@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     import torch
 
 PREFIX = "base_model.model."
+HALVES = r"A\.weight|B\.weight|embedding_A|embedding_B|magnitude_vector"
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")  # those that leave the base as it is
 # Keys of adapter_config.json that do not change what the adapter's tensors mean, or that are understood here.
 UNDERSTOOD = {
-    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "modules_to_save", "ensure_weight_tying",
-    "peft_type", "init_lora_weights", "base_model_name_or_path", "revision", "task_type", "inference_mode",
-    "auto_mapping", "peft_version", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "lora_dropout", "bias", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
-    "megatron_config", "megatron_core", "qalora_group_size",
+    "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "modules_to_save",
+    "ensure_weight_tying", "peft_type", "init_lora_weights", "base_model_name_or_path", "revision", "task_type",
+    "inference_mode", "auto_mapping", "peft_version", "target_modules", "exclude_modules", "layers_to_transform",
+    "layers_pattern", "lora_dropout", "bias", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+    "runtime_config", "megatron_config", "megatron_core", "qalora_group_size",
 }  # fmt: skip
 
 
@@ -34,8 +35,9 @@ class Lora:
     """The addition `scale * (B @ A)` to a weight, by the keys of its two tensors; transposed for an embedding.
 
     For a weight of shape [out, in], A is [rank, in] and B [out, rank]; for an embedding of shape [tokens, width],
-    A is [rank, tokens] and B [width, rank]. `base` is the key of a weight that comes with the adapter and stands in for
-    the base's own: PEFT saves it beside adapters of embeddings.
+    A is [rank, tokens] and B [width, rank]. `magnitude` is the key of DoRA's vector [out] (of an embedding [width]).
+    `base` is the key of a weight that comes with the adapter and stands in for the base's own: PEFT saves it beside
+    adapters of embeddings.
     """
 
     a: str
@@ -43,6 +45,7 @@ class Lora:
     scale: float
     rank: int
     embedding: bool
+    magnitude: str | None = None
     base: str | None = None
 
 
@@ -85,7 +88,8 @@ def open_adapter(directory: Path) -> Adapter:
     config = read_json(directory / ADAPTER_CONFIG)
     if not isinstance(config, dict):
         raise InputError("is not a JSON object", where=str(directory / ADAPTER_CONFIG))
-    return Adapter(config, TensorFile(directory / ADAPTER_TENSORS))
+    quantisation = read_json(directory / QUANTISATION) if (directory / QUANTISATION).exists() else {}
+    return Adapter(config, TensorFile(directory / ADAPTER_TENSORS), quantisation)
 
 
 def changes_of(adapter: Adapter) -> Changes:
@@ -98,11 +102,11 @@ def changes_of(adapter: Adapter) -> Changes:
     for key in adapter.tensors:
         if not key.startswith(PREFIX):
             raise InputError(f"tensor {key} does not begin with {PREFIX}", where=ADAPTER_TENSORS)
-        match = re.fullmatch(r"(.+)\.lora_(A\.weight|B\.weight|embedding_A|embedding_B)", key.removeprefix(PREFIX))
+        match = re.fullmatch(rf"(.+)\.lora_({HALVES})", key.removeprefix(PREFIX))
         if match:
             halves.setdefault(match[1], {})[match[2]] = key
         elif ".lora_" in key:
-            raise InputError(f"tensor {key}: only the A and B of plain LoRA are understood", where=ADAPTER_TENSORS)
+            raise InputError(f"tensor {key}: only A, B and magnitudes are understood", where=ADAPTER_TENSORS)
         else:
             others[key.removeprefix(PREFIX)] = key
     added = {}
@@ -133,20 +137,25 @@ def _check_plain(config: Mapping[str, Any]) -> None:
 
 
 def _lora(module: str, keys: Mapping[str, str], config: Mapping[str, Any], base: str | None) -> Lora:
-    rank = _for_module(module, config.get("rank_pattern"), config["r"])
-    alpha = _for_module(module, config.get("alpha_pattern"), config["lora_alpha"])
+    rank = for_layer(module, config.get("rank_pattern"), config["r"])
+    alpha = for_layer(module, config.get("alpha_pattern"), config["lora_alpha"])
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    match keys:
-        case {"A.weight": a, "B.weight": b, **rest} if not rest:
-            return Lora(a, b, scale, rank, embedding=False, base=base)
-        case {"embedding_A": a, "embedding_B": b, **rest} if not rest:
-            return Lora(a, b, scale, rank, embedding=True, base=base)
-    raise InputError(f"module {module} has {', '.join(sorted(keys.values()))} alone", where=ADAPTER_TENSORS)
+    magnitude = keys.get("magnitude_vector")
+    if bool(config.get("use_dora")) == (magnitude is not None):
+        match {half: key for half, key in keys.items() if half != "magnitude_vector"}:
+            case {"A.weight": a, "B.weight": b, **rest} if not rest:
+                return Lora(a, b, scale, rank, False, magnitude, base)
+            case {"embedding_A": a, "embedding_B": b, **rest} if not rest:
+                return Lora(a, b, scale, rank, True, magnitude, base)
+    alone = "alone" if not config.get("use_dora") else "alone, and use_dora is set"
+    raise InputError(f"module {module} has {', '.join(sorted(keys.values()))} {alone}", where=ADAPTER_TENSORS)
 
 
-def _for_module(module: str, pattern: Mapping[str, Any] | None, default: Any) -> Any:
-    """PEFT's rule for rank_pattern and alpha_pattern: the first key that is a whole tail of the module's name."""
-    for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+def for_layer(layer: str, pattern: Mapping[str, Any] | None, default: Any) -> Any:
+    """PEFT's rule for rank_pattern and alpha_pattern: the first key that matches."""
+    return next((value for key, value in (pattern or {}).items() if matches(key, layer)), default)
+
+
+def matches(pattern: str, layer: str) -> bool:
+    """Is the pattern a whole tail of the layer's name?"""
+    return re.match(rf"(.*\.)?({pattern})$", layer) is not None

@@ -6,51 +6,59 @@ cast once, to the type that the weight has in the base; what was not trained is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onward.checkpoint.manifest import MANIFEST, read_manifest
 from onward.checkpoint.read import open_checkpoint
-from onward.checkpoint.save import Adapter
+from onward.checkpoint.save import QUANTISATION, Adapter
 from onward.checkpoint.tensorfile import (
     FileRecord,
     TensorEntry,
     TensorFileWriter,
     TensorSpec,
-    read_tensor,
-    torch_dtype,
 )
 from onward.checkpoint.verify import problems_of
 from onward.errors import DamageError, InputError
 from onward.files import committed_directory, read_json, require_space
-from onward.weights.lora import Lora, changes_of, open_adapter
+from onward.weights.fold import Addition, Change, Drift, fold
+from onward.weights.lora import changes_of, open_adapter
+from onward.weights.quantised import Quantisation, from_json
 from onward.weights.shards import Shard, model_shards
 from onward.weights.sidecars import copy_sidecars, sidecars
-from onward.weights.ties import Change, with_ties
+from onward.weights.ties import with_ties
 
 if TYPE_CHECKING:
     import torch
 
-FLOATS = ("F64", "F32", "F16", "BF16")
-
 
 @dataclass(frozen=True)
 class MergeReport:
-    """How many tensors got an addition, were replaced, were copied; the bytes of all of them; the files written."""
+    """How many tensors got an addition, were replaced, were copied; the bytes of all of them; the files written.
+
+    `drift`: where layers were quantised while their adapters trained, how far the merged weights are from those that
+    were trained, for either base's values: a share of their norm.
+    """
 
     merged: int
     replaced: int
     copied: int
     tensor_bytes: int
     files: tuple[FileRecord, ...]
+    base_values: str | None = None
+    drift: Mapping[str, float] | None = None
 
     def lines(self) -> list[str]:
         """For people."""
         counts = f"{self.merged} tensors merged, {self.replaced} replaced, {self.copied} copied as they are"
-        return [counts, f"{self.tensor_bytes:,} bytes of weights, {len(self.files)} files"]
+        lines = [counts, f"{self.tensor_bytes:,} bytes of weights, {len(self.files)} files"]
+        if self.drift:
+            shares = ", ".join(f"{share:.2g} with the {name} base's values" for name, share in self.drift.items())
+            lines.append(f"the weights differ from those that were trained by {shares}; taken: {self.base_values}")
+        return lines
 
     def to_json(self) -> dict[str, Any]:
         """For scripts."""
@@ -61,39 +69,52 @@ def merge(
     base: Path,
     out: Path,
     *,
-    adapter: Adapter | None,
+    adapters: Sequence[Adapter],
     full: Mapping[str, torch.Tensor],
     to_canonical: Callable[[str], str],
+    quantised: Mapping[str, Quantisation] | None = None,
+    base_values: str = "original",
 ) -> MergeReport:
     """Write into `out`, an existing directory that is not committed yet, the model that `base` and what was trained
     make up: same shards, same names, and every file beside them that a complete model needs.
 
     `full` holds the parameters trained in full by canonical name; `to_canonical` gives the canonical name of a tensor
-    of the base's files. Every tensor of `adapter` and `full` is used exactly once: one that has no place, another shape
-    or no finite result is an InputError that names it.
+    of the base's files. Every tensor of `adapters` and `full` is used exactly once: one that has no place, another
+    shape or no finite result is an InputError that names it. `quantised`: how layers were kept while that was trained;
+    `base_values`: which of their values to take, as in `fold`.
     """
     shards = model_shards(base)
-    changes = _changes_on_disk(base, shards, adapter, full, to_canonical)
-    tensors = adapter.tensors if adapter else {}
+    changes = _changes(adapters, full, to_canonical)
+    for layer, how in (quantised or {}).items():
+        change = changes.get(f"{layer}.weight", Change())
+        if change.additions or base_values != "original":
+            changes[f"{layer}.weight"] = replace(change, quantised=how)
+    on_disk = _on_disk(base, shards, changes, to_canonical)
+    drift = Drift()
     files = []
     for shard in shards:
         specs = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in shard.entries.values()]
         with TensorFileWriter(out / shard.path.name, specs, shard.metadata) as writer:
             for entry in shard.entries.values():
-                if (change := changes.get(entry.name)) is None:
+                if (todo := on_disk.get(entry.name)) is None:
                     writer.copy(shard.path, entry)
                 else:
-                    writer.write(entry.name, _changed(shard.path, entry, change, tensors))
+                    value, apart = fold(shard.path, entry, todo, base_values)
+                    writer.write(entry.name, value)
+                    drift += apart
         assert writer.record is not None
         files.append(writer.record)
     entries = [entry for shard in shards for entry in shard.entries.values()]
-    merged = sum(change.lora is not None for change in changes.values())
+    merged = sum(bool(change.additions) for change in on_disk.values())
+    is_quantised = any(change.quantised for change in on_disk.values())
     return MergeReport(
         merged=merged,
-        replaced=len(changes) - merged,
-        copied=len(entries) - len(changes),
+        replaced=len(on_disk) - merged,
+        copied=len(entries) - len(on_disk),
         tensor_bytes=sum(entry.nbytes for entry in entries),
         files=(*files, *copy_sidecars(base, out)),
+        base_values=base_values if is_quantised else None,
+        drift=drift.shares() if is_quantised else None,
     )
 
 
@@ -102,27 +123,59 @@ def merge_bytes(base: Path) -> int:
     return sum(path.stat().st_size for path in [*(shard.path for shard in model_shards(base)), *sidecars(base)])
 
 
-def merge_adapter(
-    adapter_dir: Path,
+def merge_adapters(
+    directories: Sequence[Path],
     base: Path | None,
     out: Path,
     *,
     to_canonical_for: Callable[[dict[str, Any]], Callable[[str], str]],
+    base_values: str = "original",
 ) -> MergeReport:
-    """Fold a PEFT LoRA directory, or an output or checkpoint of onward with all that it trained, into the model `base`.
+    """Fold PEFT LoRA directories, or outputs or checkpoints of onward with all that they trained, one after the other
+    into the model `base`.
 
-    Without `base`, the adapter's own `base_model_name_or_path` is taken, which must be a directory then.
+    Without `base`, the adapters' own `base_model_name_or_path` is taken, which must be one directory then.
     `to_canonical_for` gives, for the base's config.json, its family's mapping of names on disk to canonical names.
     `out` must not exist, or be empty; it appears whole or not at all.
     """
-    adapter, full = _trained(adapter_dir)
-    base = base or _base_of(adapter, adapter_dir)
+    adapters: list[Adapter] = []
+    full: dict[str, torch.Tensor] = {}
+    bases = set()
+    for directory in directories:
+        adapter, own = _trained(directory)
+        if twice := full.keys() & own.keys():
+            raise InputError(f"{min(twice)} was trained by another of the adapters too", where=str(directory))
+        full |= dict(own)
+        adapters += [adapter] if adapter else []
+        bases |= set() if base else {_base_of(adapter, directory).resolve()}
+    if len(bases) > 1:
+        raise InputError(
+            f"were trained on different bases: {', '.join(sorted(map(str, bases)))}",
+            where=", ".join(map(str, directories)),
+            hint="name the one to merge into with --base",
+        )
+    base = base or bases.pop()
+    quantised = _quantised(adapters)
+    if base_values != "original" and not quantised:
+        raise InputError(
+            f"no {QUANTISATION} says how its base was quantised while it trained",
+            where=str(directories[0]),
+            hint="merge it into the original base: --base-values original",
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError("is there already, and not empty", where=str(out), hint="give --out a new directory")
     to_canonical = to_canonical_for(read_json(base / "config.json"))
     require_space(out, merge_bytes(base), "the merged model")
     with committed_directory(out) as unfinished:
-        return merge(base, unfinished, adapter=adapter, full=full, to_canonical=to_canonical)
+        return merge(
+            base,
+            unfinished,
+            adapters=adapters,
+            full=full,
+            to_canonical=to_canonical,
+            quantised=quantised,
+            base_values=base_values,
+        )
 
 
 def _trained(directory: Path) -> tuple[Adapter | None, Mapping[str, torch.Tensor]]:
@@ -149,12 +202,8 @@ def _base_of(adapter: Adapter | None, adapter_dir: Path) -> Path:
     )
 
 
-def _changes_on_disk(
-    base: Path,
-    shards: list[Shard],
-    adapter: Adapter | None,
-    full: Mapping[str, torch.Tensor],
-    to_canonical: Callable[[str], str],
+def _on_disk(
+    base: Path, shards: list[Shard], changes: Mapping[str, Change], to_canonical: Callable[[str], str]
 ) -> dict[str, Change]:
     """What becomes of each changed tensor, by its name on disk. InputError for what was trained and has no place."""
     places: dict[str, tuple[Path, TensorEntry]] = {}
@@ -164,7 +213,7 @@ def _changes_on_disk(
             if canonical in places:
                 raise InputError(f"{entry.name} and {places[canonical][1].name} are both {canonical}", where=str(base))
             places[canonical] = (shard.path, entry)
-    changes = with_ties(base, places, _changes(adapter, full, to_canonical))
+    changes = with_ties(base, places, changes)
     for canonical in changes.keys() - places.keys():
         raise InputError(
             f"{canonical} was trained, but the base has no such tensor",
@@ -174,57 +223,45 @@ def _changes_on_disk(
     return {places[canonical][1].name: change for canonical, change in changes.items()}
 
 
+def _quantised(adapters: Sequence[Adapter]) -> dict[str, Quantisation]:
+    """How layers of the base were kept while the adapters trained. InputError where two were trained on different
+    values of one layer.
+    """
+    quantised: dict[str, Quantisation] = {}
+    for adapter in adapters:
+        for layer, how in from_json(adapter.quantisation, QUANTISATION).items() if adapter.quantisation else ():
+            if quantised.setdefault(layer, how) != how:
+                raise InputError(f"was {how} while one adapter trained, {quantised[layer]} for another", where=layer)
+    return quantised
+
+
 def _changes(
-    adapter: Adapter | None, full: Mapping[str, torch.Tensor], to_canonical: Callable[[str], str]
+    adapters: Sequence[Adapter], full: Mapping[str, torch.Tensor], to_canonical: Callable[[str], str]
 ) -> dict[str, Change]:
-    """All that was trained, by canonical name; an adapter may have its names from an older layout of the family."""
+    """All that was trained, by canonical name; an adapter may have its names from an older layout of the family.
+
+    Several adapters of one weight add up; a weight that one replaces no other may touch.
+    """
     changes = {name: Change(value=partial(full.__getitem__, name)) for name in full}
-    if adapter is None:
-        return changes
-    read, trained = adapter.tensors.__getitem__, changes_of(adapter)
-    adapted = [
-        (name, Change(value=partial(read, lora.base) if lora.base else None, lora=lora))
-        for name, lora in trained.added.items()
-    ]
-    adapted += [
-        (name, Change(value=partial(read, key), apart=not trained.keeps_ties)) for name, key in trained.replaced.items()
-    ]
-    for name, change in adapted:
-        canonical = to_canonical(name)
-        if canonical in changes:
-            raise InputError("was trained twice: in the adapter and beside it, or under two names", where=canonical)
-        changes[canonical] = change
+    for adapter in adapters:
+        read, trained = adapter.tensors.__getitem__, changes_of(adapter)
+        own: dict[str, Change] = {}
+        for name, lora in trained.added.items():
+            value = partial(read, lora.base) if lora.base else None
+            _put(own, to_canonical(name), Change(value, (Addition(lora, adapter.tensors),)))
+        for name, key in trained.replaced.items():
+            _put(own, to_canonical(name), Change(partial(read, key), apart=not trained.keeps_ties))
+        for name, change in own.items():
+            before = changes.get(name)
+            if before and before.value is None and change.value is None:
+                change = replace(before, additions=before.additions + change.additions)
+            elif before:
+                raise InputError("was trained twice, and at least once as a whole", where=name)
+            changes[name] = change
     return changes
 
 
-def _changed(path: Path, entry: TensorEntry, change: Change, adapter: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The new value of a tensor of the base, of the shape and type that it has there."""
-    import torch
-
-    where = f"{path}, tensor {entry.name}"
-    if entry.dtype not in FLOATS:
-        raise InputError(f"was trained, but is {entry.dtype} in this base: give the unquantised one", where=where)
-    value = change.value() if change.value else read_tensor(path, entry)
-    if tuple(value.shape) != entry.shape:
-        raise InputError(f"was trained as {tuple(value.shape)}, is {entry.shape} in the base", where=where)
-    dtype = torch_dtype(entry.dtype)
-    if change.lora:
-        wide = torch.promote_types(dtype, torch.float32)
-        value = addition(change.lora, adapter, entry.shape, where).to(wide).add_(value.to(wide))
-    value = value.to(dtype)
-    if not value.isfinite().all():
-        raise InputError(f"the merged weight is not finite in {entry.dtype}", where=where)
-    return value
-
-
-def addition(lora: Lora, adapter: Mapping[str, torch.Tensor], shape: tuple[int, ...], where: str) -> torch.Tensor:
-    """`scale * (B @ A)` in fp32, in PEFT's order of operations, so that the bits are PEFT's."""
-    a, b = adapter[lora.a], adapter[lora.b]
-    rows, columns = reversed(shape) if lora.embedding and len(shape) == 2 else (*shape, 0)[:2]
-    if a.shape != (lora.rank, columns) or b.shape != (rows, lora.rank):
-        raise InputError(
-            f"rank {lora.rank} for a weight of {shape} does not fit A {tuple(a.shape)} and B {tuple(b.shape)}",
-            where=where,
-        )
-    product = b.float() @ a.float()
-    return (product.T if lora.embedding else product).contiguous().mul_(lora.scale)
+def _put(changes: dict[str, Change], name: str, change: Change) -> None:
+    if name in changes:
+        raise InputError("was trained twice by one adapter: under two names", where=name)
+    changes[name] = change

@@ -15,6 +15,7 @@ LEFT = {
     "parts.json",
     MANIFEST,
     "adapter_config.json",
+    "quantisation.json",
     "trainer_state.json",
     "all_results.json",
     "train_results.json",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,25 +11,12 @@ from onward.errors import InputError
 from onward.files import read_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    import torch
+    from collections.abc import Mapping
 
     from onward.checkpoint.tensorfile import TensorEntry
-    from onward.weights.lora import Lora
+    from onward.weights.fold import Change
 
 ENDS = ("embed_tokens.weight", "lm_head.weight")
-
-
-@dataclass(frozen=True)
-class Change:
-    """What becomes of one weight of the base: `value` reads what takes its place (None: its own stays), and `lora`
-    is added to that. `apart`: it was trained as a copy, tied to nothing, whatever the base ties.
-    """
-
-    value: Callable[[], torch.Tensor] | None = None
-    lora: Lora | None = None
-    apart: bool = False
 
 
 def with_ties(
@@ -46,7 +33,7 @@ def with_ties(
         return dict(changes)
     untie = f"untie {base} first: load it with tie_word_embeddings=False, copy the embedding to the head, save it"
     for name in touched:
-        if changes[name].lora:
+        if changes[name].additions:
             reason = "has an adapter, but is one tensor with its tied twin: merged, both would change"
             raise InputError(reason, where=name, hint=untie)
         if changes[name].apart and len(touched) == 1:
