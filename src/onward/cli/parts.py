@@ -1,9 +1,10 @@
-"""onward assemble: parts to a whole."""
+"""onward assemble, onward export: parts to a whole, and what onward holds for other tools."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,20 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--out", metavar="DIR", required=True, help="a directory that does not exist yet")
     add_json(parser)
 
+    parser = add_command(
+        commands,
+        "export",
+        export,
+        "write a model, an output or a checkpoint in a form that other tools take",
+        "onward export runs/plan/stages/2-sft/output --to parts --out parts",
+    )
+    parser.add_argument("path", metavar="PATH", help="a model directory, an output, a checkpoint or an adapter")
+    parser.add_argument("--to", metavar="FORM", required=True, help="huggingface, parts or xtuner-pth (a pickle)")
+    parser.add_argument("--out", metavar="DIR", required=True, help="a directory that does not exist yet")
+    parser.add_argument("--base", metavar="B", help="the model that an adapter belongs to, where it names none")
+    parser.add_argument("--push", metavar="HUB_ID", help="upload it to the Hugging Face hub afterwards")
+    add_json(parser)
+
 
 def assemble(arguments: argparse.Namespace) -> int:
     from onward.model.assembly import assemble as assemble_model
@@ -52,6 +67,18 @@ def assemble(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
     )
     show(assemble_model(request, Path(arguments.out)), as_json=arguments.json)
+    return 0
+
+
+def export(arguments: argparse.Namespace) -> int:
+    from onward.runs.export import export as export_path
+    from onward.runs.export import push
+
+    out = Path(arguments.out)
+    base = Path(arguments.base) if arguments.base else None
+    show(export_path(Path(arguments.path), arguments.to, out, base), as_json=arguments.json)
+    if arguments.push:
+        print(f"uploaded to {push(out, arguments.push)}", file=sys.stderr)
     return 0
 
 

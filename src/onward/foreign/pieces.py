@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS, Adapter
-from onward.checkpoint.tensorfile import TensorSpec, read_header
+from onward.checkpoint.tensorfile import read_header
 from onward.errors import DamageError, InputError, PlanError
 from onward.files import read_json
 from onward.foreign.layouts.source import PICKLE, PICKLE_INDEX, open_tensors
 from onward.foreign.pickles import LazyTensor, is_pickle, read_state_dict
-from onward.weights.lora import TensorFile
+from onward.weights.lora import open_adapter
 from onward.weights.pieces import Piece, stored_pieces
 from onward.weights.shards import INDEX, SINGLE, Shard
 
@@ -61,16 +61,13 @@ def file_pieces(path: Path) -> dict[str, Piece]:
     raise PlanError("is neither safetensors nor a file that torch.save wrote", where=str(path))
 
 
-def any_adapter(directory: Path) -> tuple[Adapter, dict[str, TensorSpec]]:
-    """The PEFT adapter in a directory, in safetensors or `.bin`, and the types and shapes of its tensors."""
+def any_adapter(directory: Path) -> Adapter:
+    """The PEFT adapter in a directory, in safetensors or `.bin`."""
     config = read_json(directory / ADAPTER_CONFIG)
     if not isinstance(config, dict):
         raise InputError("is not a JSON object", where=str(directory / ADAPTER_CONFIG))
     if (directory / ADAPTER_TENSORS).exists():
-        entries, _ = read_header(directory / ADAPTER_TENSORS)
-        return Adapter(config, TensorFile(directory / ADAPTER_TENSORS)), dict(entries)
+        return open_adapter(directory)
     if (directory / ADAPTER_BIN).exists():
-        lazy = read_state_dict(directory / ADAPTER_BIN)
-        specs = {name: TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in lazy.items()}
-        return Adapter(config, LazyTensors(lazy)), specs
+        return Adapter(config, LazyTensors(read_state_dict(directory / ADAPTER_BIN)))
     raise DamageError(f"has neither {ADAPTER_TENSORS} nor {ADAPTER_BIN}", where=str(directory))

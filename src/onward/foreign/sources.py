@@ -58,7 +58,7 @@ def open_source(path: Path) -> Source:
 
 def _open_directory(path: Path) -> Source:
     if (path / ADAPTER_CONFIG).is_file():
-        return Source(path, adapter=any_adapter(path)[0], trained=True)
+        return Source(path, adapter=any_adapter(path), trained=True)
     if has_weights(path):
         config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
         pieces = model_pieces(path)

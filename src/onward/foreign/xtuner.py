@@ -46,6 +46,7 @@ def own_name(name: str, table: Iterable[tuple[str, str]]) -> tuple[str, str]:
         if match := re.match(prefix, name):
             rest = name[match.end() :]
             rest = re.sub(r"\.(lora_(?:A|B|magnitude_vector|embedding_A|embedding_B))\.default(?=\.|$)", r".\1", rest)
+            rest = rest.replace("lora_magnitude_vector.weight", "lora_magnitude_vector")  # as PEFT has it on disk
             return module, rest.replace(".modules_to_save.default.", ".")
     raise InputError("belongs to no module of XTuner's", where=name)
 

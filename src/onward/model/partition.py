@@ -20,12 +20,17 @@ TOWERS_WITHIN = ("clip_vision_model", "siglip_vision_model")  # whose own files 
 
 
 def prefix_of(family: Family, module: str) -> str:
-    """What the canonical names of a module begin with in common, up to a dot."""
-    prefixes = family.modules.get(module, ("",))
-    common = prefixes[0]
+    """What the canonical names of a module begin with in common, up to a dot; parameters that lie apart aside."""
+    prefixes = [prefix for prefix in family.modules.get(module, ()) if prefix.endswith(".")]
+    common = prefixes[0] if prefixes else ""
     while not all(prefix.startswith(common) for prefix in prefixes):
         common = common[:-1].rpartition(".")[0] + "." if "." in common[:-1] else ""
     return common
+
+
+def _apart(family: Family, module: str) -> dict[str, str]:
+    """Parameters of a module that lie elsewhere in the model, by their last names: LLaVA-NeXT's image_newline."""
+    return {name.rpartition(".")[2]: name for name in family.modules.get(module, ()) if not name.endswith(".")}
 
 
 def into_whole(family: Family, module: str, name: str) -> str:
@@ -36,7 +41,7 @@ def into_whole(family: Family, module: str, name: str) -> str:
         return re.sub(r"^model\.", family.modules[module][0], name)
     if module == "vision_tower":
         name = name.removeprefix("vision_model.")
-    return prefix_of(family, module) + name
+    return _apart(family, module).get(name, prefix_of(family, module) + name)
 
 
 def out_of_whole(family: Family, canonical: str, config: Mapping[str, Any]) -> tuple[str, str]:
@@ -47,6 +52,8 @@ def out_of_whole(family: Family, canonical: str, config: Mapping[str, Any]) -> t
     if module == "language_model":
         inner = family.modules[module][0]
         return module, "model." + canonical.removeprefix(inner) if canonical.startswith(inner) else canonical
+    if canonical in _apart(family, module).values():
+        return module, canonical.rpartition(".")[2]
     name = canonical.removeprefix(prefix_of(family, module))
     tower = config.get("vision_config", {}).get("model_type")
     return module, f"vision_model.{name}" if module == "vision_tower" and tower in TOWERS_WITHIN else name

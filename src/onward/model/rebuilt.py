@@ -100,8 +100,8 @@ def _replacement(shop: Workshop, pieces: Pieces, module: str, naming: Naming) ->
     expected = {name: piece.shape for name, piece in pieces.items() if naming.owner(name) == module}
     if not expected:
         raise InputError(f"has no {module}", where=str(shop.request.base))
-    if module == "projector" and not any(name.startswith("mlp1.") for name in expected):
-        names = llava.projector_names(given, str(path))
+    if module == "projector" and not any(naming.inside(module, name) in expected for name in given):
+        names = llava.projector_names(given, str(path))  # in another tool's numbering
         given = {names[name]: piece for name, piece in given.items()}
     new = {naming.inside(module, name): piece for name, piece in given.items()}
     check_assignment(expected, [Part(module, new)])
