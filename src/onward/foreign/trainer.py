@@ -6,13 +6,14 @@ files of transformers 4.40 to 5 (src/transformers/trainer.py, `_save_checkpoint`
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from onward.errors import OnwardError
+from onward.errors import DamageError, OnwardError
 from onward.files import read_json
 from onward.foreign import deepspeed
 from onward.foreign.contents import as_step, weights_facts
@@ -20,6 +21,8 @@ from onward.foreign.description import Description
 from onward.foreign.pickle_machine import Stub
 from onward.foreign.pickles import open_pickle
 from onward.foreign.stored import Stored, stored_in
+from onward.foreign.torch_optimizer import torch_groups, torch_states
+from onward.foreign.training import ForeignTraining
 
 STATE = "trainer_state.json"
 STEMS = ("adapter_model", "model", "pytorch_model")
@@ -192,3 +195,87 @@ def _collection(path: Path) -> Description | None:
         missing=("one checkpoint: name it",),
         next_command=f"onward inspect {newest}",
     )
+
+
+def open_training(path: Path) -> ForeignTraining | None:
+    """A checkpoint's training. InputError or DamageError where a part of it cannot be used."""
+    if not (path / STATE).is_file():
+        return None
+    files = open_trainer(path)
+    if files.problems:
+        raise DamageError(files.problems[0], where=str(path))
+    zero = deepspeed.open_training(files.deepspeed) if files.deepspeed else None
+    optimizer = files.optimizer if isinstance(files.optimizer, dict) else {}
+    ranks = max(1, files.random_states)
+    settings = _settings(files, ranks)
+    accumulates = files.arguments.get("gradient_accumulation_steps", 1) != 1 or ranks > 1
+    old = "average_tokens_across_devices" not in files.arguments  # came with the weighting by tokens, in 4.46
+    return ForeignTraining(
+        tool="Hugging Face Trainer" + (" with DeepSpeed" if zero else ""),
+        step=files.step,
+        weights=zero.weights if zero else files.weights.tensors,
+        states=torch_states(optimizer, str(path)),
+        groups=torch_groups(optimizer),
+        moments=zero.moments if zero else {},
+        learning_rates=_rates(files, settings),
+        settings=settings,
+        adapter=files.adapter,
+        loss="the mean over micro-batches of each one's own mean" if old and accumulates else None,
+        epoch=files.state.get("epoch") if isinstance(files.state.get("epoch"), float) else None,
+    )
+
+
+def _settings(files: TrainerFiles, ranks: int) -> dict[str, Any]:
+    """What training_args.bin states, by onward's keys."""
+    said = files.arguments
+    settings = {ours: said[theirs] for theirs, ours in STATED.items() if said.get(theirs) is not None}
+    if "adam_beta1" in said and "adam_beta2" in said:
+        settings["optimizer.betas"] = (said["adam_beta1"], said["adam_beta2"])
+    if said.get("max_grad_norm") == 0:
+        settings["max_grad_norm"] = None
+    if isinstance(size := said.get("per_device_train_batch_size"), int):
+        settings["batch_size"] = size * int(said.get("gradient_accumulation_steps") or 1) * ranks
+    if type(total := files.state.get("max_steps")) is int:
+        settings["steps"] = total
+    if isinstance(kind := said.get("lr_scheduler_type"), str):
+        settings["schedule.name"] = SCHEDULES.get(kind, kind)
+        warmup = said.get("warmup_steps") or 0
+        ratio = said.get("warmup_ratio") or (warmup if isinstance(warmup, float) and warmup < 1 else 0)
+        if isinstance(warmup, int | float) and isinstance(ratio, int | float):
+            total = settings.get("steps", 0)
+            settings["schedule.warmup_steps"] = int(warmup) if warmup >= 1 else math.ceil(total * ratio)
+    return settings
+
+
+def _rates(files: TrainerFiles, settings: Mapping[str, Any]) -> list[float]:
+    """The next step's learning rate, which the scheduler states, and those after it where its kind is known."""
+    scheduler = files.scheduler if isinstance(files.scheduler, dict) else {}
+    last = scheduler.get("_last_lr")
+    rates = [last[0]] if isinstance(last, list) and last and isinstance(last[0], float) else []
+    peak, total = settings.get("learning_rate"), settings.get("steps")
+    warmup, name = settings.get("schedule.warmup_steps"), settings.get("schedule.name")
+    if rates and isinstance(peak, float) and isinstance(total, int) and isinstance(warmup, int) and name in KNOWN:
+        later = range(files.step + 1, min(total, files.step + 3))
+        rates += [peak * KNOWN[name](done, warmup, total) for done in later]
+    return rates
+
+
+def _linear(done: int, warmup: int, total: int) -> float:
+    return done / max(1, warmup) if done < warmup else max(0.0, (total - done) / max(1, total - warmup))
+
+
+def _cosine(done: int, warmup: int, total: int) -> float:
+    share = (done - warmup) / max(1, total - warmup)
+    return done / max(1, warmup) if done < warmup else max(0.0, 0.5 * (1.0 + math.cos(math.pi * share)))
+
+
+def _constant(done: int, warmup: int, total: int) -> float:
+    return done / max(1, warmup) if done < warmup else 1.0
+
+
+KNOWN = {"linear": _linear, "cosine": _cosine, "constant": _constant}  # as transformers' optimization.py has them
+SCHEDULES = {"constant_with_warmup": "constant"}
+STATED = {
+    "learning_rate": "learning_rate", "weight_decay": "optimizer.weight_decay", "adam_epsilon": "optimizer.eps",
+    "max_grad_norm": "max_grad_norm",
+}  # fmt: skip
