@@ -9,7 +9,7 @@ from onward.model.families import find_family
 
 
 def parameter_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Canonical name → shape, tied tensors once, with the constants that files hold.
+    """Canonical name → shape in the order of the model, tied tensors once; then the constants that files hold.
 
     InputError where transformers refuses the configuration.
     """

@@ -68,6 +68,23 @@ class Fork(BaseModel):
     changes: list[Declared]
 
 
+class Import(BaseModel):
+    """Where a run was imported from: another tool's checkpoint, its files with their digests, the step that it had.
+
+    `differences`: what the training has otherwise from here on, as it was accepted. `weights_only`: the stage began
+    anew at step 0, from the weights.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    source: str
+    tool: str
+    files: dict[str, str]
+    stage: str
+    step: int
+    weights_only: bool
+    differences: list[Declared]
+
+
 class Lock(BaseModel):
     """What a run is.
 
@@ -95,6 +112,7 @@ class Lock(BaseModel):
     amendments: list[Amendment] = []
     extensions: list[Extension] = []
     forked_from: Fork | None = None
+    imported_from: Import | None = None
     starts: dict[str, str] = {}
 
 

@@ -58,7 +58,8 @@ def account(run: RunDirectory, lock: Lock) -> Account:
     lost = list(_lost(lock, events, made))
     problems = _altered(run.metrics, altered)
     for stage, last in newest.items():
-        if gone := sorted(set(range(1, last + 1)) - steps.get(stage, set())):
+        first = lock.imported_from.step + 1 if lock.imported_from and lock.imported_from.stage == stage else 1
+        if gone := sorted(set(range(first, last + 1)) - steps.get(stage, set())):
             reason = f"lacks {len(gone)} of the {last} steps that stage {stage} has behind it, first step {gone[0]}"
             problems.append(Problem(run.metrics, reason))
     untold = [event for event in lost if event["event"] in ("committed", "output")]

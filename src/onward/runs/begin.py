@@ -263,7 +263,7 @@ def record(run: RunDirectory, lock: Lock, beginning: Beginning) -> None:
 
 
 def _declared(lock: Lock, attempt: int) -> list[str]:
-    """What `fork` and `extend` declared for this very attempt."""
+    """What `fork`, `extend` and `import` declared for this very attempt."""
     declared = [
         f"stage {extension.stage} is extended by {extension.steps} steps, {extension.schedule}"
         for extension in lock.extensions
@@ -273,6 +273,8 @@ def _declared(lock: Lock, attempt: int) -> list[str]:
     if fork and fork.changes and attempt == 1:
         changes = ", ".join(change_text(change.key, change.before, change.after) for change in fork.changes)
         declared.append(f"forked from {fork.run}@{fork.stage}/{fork.step} with {changes}")
+    if (imported := lock.imported_from) and attempt == 1:
+        declared.append(f"imported from {imported.source} ({imported.tool}) at step {imported.step}")
     return declared
 
 

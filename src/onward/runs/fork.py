@@ -108,7 +108,8 @@ def fork(
         behind = source.begun if forked.keeps_place else source.finished
         extensions = [e.model_copy(update={"attempt": 0}) for e in lock.extensions if e.stage in behind]
         begun = new_lock(moved, content, environment(moved.plan), micro_batches(resolved, lock), lock.date)
-        begun = begun.model_copy(update={"forked_from": forked, "extensions": extensions})
+        imported = lock.imported_from if lock.imported_from and lock.imported_from.stage in behind else None
+        begun = begun.model_copy(update={"forked_from": forked, "extensions": extensions, "imported_from": imported})
         begun = take_over(source, target, begun, inputs, resolved.model.path)
         write_lock(target.lock, begun)
     command = shlex.join(["onward", "run", str(new / target.plan.name), "--run", str(new)])
