@@ -91,6 +91,7 @@ def test_what_is_missing_is_named_with_its_cause(tmp_path):
 @needs_samples
 def test_a_model_with_a_shard_missing(tmp_path):
     model = copied(tmp_path, "internvl2-tiny")
+    (model / "config.json").write_text('{"model_type": "llama"}')
     (model / "model-00002-of-00002.safetensors").unlink()
     found = inspect(model)
     assert any("1 of 2 shards are missing" in problem for problem in found.problems)
