@@ -7,16 +7,19 @@ gives the same batches in the same order, and the first batch of a continued run
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from onward.data.augment import augmented
 from onward.data.encode import Encoder
+from onward.data.layout import Layout, micro_batches
 from onward.data.order import Draw, Epochs
 from onward.data.prepare import StageData
 from onward.data.samples import BadSample, Encoded
@@ -52,25 +55,53 @@ class StepBatch:
 
 def collate(samples: Sequence[Encoded], pad_id: int, *, left: bool = False) -> dict[str, torch.Tensor]:
     """The samples as one micro-batch, padded on the right, or on the `left` to be continued."""
-    shape = (len(samples), max(len(sample.input_ids) for sample in samples))
-    input_ids = np.full(shape, pad_id, np.int64)
-    attention_mask = np.zeros(shape, np.int64)
-    labels = np.full(shape, IGNORED, np.int64)
-    types = np.zeros(shape, np.int64)
-    for i, sample in enumerate(samples):
-        n = len(sample.input_ids)
-        place = slice(shape[1] - n, None) if left else slice(n)
-        input_ids[i, place] = sample.input_ids
-        attention_mask[i, place] = 1
-        labels[i, place][sample.trained] = sample.input_ids[sample.trained]
-        if sample.pixels is not None:
-            types[i, place] = sample.pixels
-    arrays: dict[str, np.ndarray] = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-    if types.any():
-        arrays["mm_token_type_ids"] = types
+    longest = max(len(sample.input_ids) for sample in samples)
+    rows = [[(longest - len(sample.input_ids) if left else 0, sample)] for sample in samples]
+    arrays = _placed(rows, longest, pad_id)
+    arrays["attention_mask"] = (arrays.pop("places") >= 0).astype(np.int64)
+    return _tensors(arrays, samples)
+
+
+def collate_packed(rows: Sequence[Sequence[Encoded]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Several samples a row: `position_ids` (int64 [rows, longest]) instead of a mask. They begin anew with each sample
+    and with what fills a row up.
+    """
+    longest = max(sum(len(sample.input_ids) for sample in row) for row in rows)
+    placed = [list(zip(accumulate((len(s.input_ids) for s in row), initial=0), row, strict=False)) for row in rows]
+    arrays = _placed(placed, longest, pad_id)
+    positions = arrays.pop("places")
+    for i, row in enumerate(placed):
+        end = row[-1][0] + len(row[-1][1].input_ids)
+        positions[i, end:] = np.arange(longest - end)
+    arrays["position_ids"] = positions
+    return _tensors(arrays, [sample for row in rows for sample in row])
+
+
+def _placed(rows: Sequence[Sequence[tuple[int, Encoded]]], length: int, pad_id: int) -> dict[str, NDArray[np.int64]]:
+    """The arrays of rows of samples, each with the column where it begins. `places`: a token's place in its sample, -1
+    for padding.
+    """
+    shape = (len(rows), length)
+    input_ids, labels = np.full(shape, pad_id, np.int64), np.full(shape, IGNORED, np.int64)
+    types, places = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
+    for i, row in enumerate(rows):
+        for begin, sample in row:
+            place = slice(begin, begin + len(sample.input_ids))
+            input_ids[i, place] = sample.input_ids
+            places[i, place] = np.arange(len(sample.input_ids))
+            labels[i, place][sample.trained] = sample.input_ids[sample.trained]
+            if sample.pixels is not None:
+                types[i, place] = sample.pixels
+    arrays = {"input_ids": input_ids, "places": places, "labels": labels}
+    return arrays | ({"mm_token_type_ids": types} if types.any() else {})
+
+
+def _tensors(arrays: Mapping[str, NDArray[np.int64]], samples: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    """The arrays, and the samples' images."""
+    joined: dict[str, NDArray[Any]] = dict(arrays)
     for name in sorted({name for sample in samples for name in sample.images}):
-        arrays[name] = _joined([sample.images[name] for sample in samples if name in sample.images])
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+        joined[name] = _joined([sample.images[name] for sample in samples if name in sample.images])
+    return {name: torch.from_numpy(array) for name, array in joined.items()}
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -108,6 +139,7 @@ class _Steps(Dataset[StepBatch]):
     encoder: Encoder
     epochs: Epochs
     micro_batch_size: int
+    layout: Layout
     seed: int
     stage: str
     first: int
@@ -122,7 +154,13 @@ class _Steps(Dataset[StepBatch]):
         positions = np.arange(place.position, place.position + place.count)
         draws = self.data.draws(place.epoch, positions, seed=self.seed, stage=self.stage)
         samples, skipped = _samples(self.data, self.encoder, draws, (self.seed, self.stage, place.epoch))
-        return _batch(step, place.epoch, place.position, samples, skipped, self.micro_batch_size, self.encoder.pad_id)
+        pad_id = self.encoder.pad_id
+        rows = micro_batches(samples, self.layout, self.micro_batch_size)
+        parts = [
+            collate_packed(part, pad_id) if self.layout == "packed" else collate([row[0] for row in part], pad_id)
+            for part in rows
+        ]
+        return _batch(step, place.epoch, place.position, samples, skipped, parts)
 
 
 def step_batches(
@@ -136,6 +174,7 @@ def step_batches(
     first_step: int,
     last_step: int,
     workers: int,
+    layout: Layout = "plain",
 ) -> Iterator[StepBatch]:
     """The batches of steps `first_step` to `last_step` (both included, from 1), made by `workers` processes, 0 for
     none.
@@ -144,7 +183,7 @@ def step_batches(
     changed.
     """
     epochs = Epochs(data.samples_per_epoch, batch_size)
-    steps = _Steps(data, encoder, epochs, micro_batch_size, seed, stage, first_step, last_step)
+    steps = _Steps(data, encoder, epochs, micro_batch_size, layout, seed, stage, first_step, last_step)
     hint = "it was killed, probably for want of memory: set workers lower, or to 0; the run continues where it was"
     yield from made_by(workers, steps, hint)
 
@@ -158,7 +197,8 @@ def eval_batches(data: StageData, encoder: Encoder, batch_size: int, limit: int 
     draws = list(islice(every, limit))
     for position in range(0, len(draws), batch_size):
         samples, skipped = _samples(data, encoder, draws[position : position + batch_size], None)
-        yield _batch(position // batch_size + 1, 0, position, samples, skipped, batch_size, encoder.pad_id)
+        parts = [collate(samples, encoder.pad_id)] if samples else []
+        yield _batch(position // batch_size + 1, 0, position, samples, skipped, parts)
 
 
 def _samples(
@@ -190,16 +230,14 @@ def _batch(
     position: int,
     samples: list[Encoded],
     skipped: list[tuple[str, str]],
-    micro_batch_size: int,
-    pad_id: int,
+    micro_batches: list[dict[str, torch.Tensor]],
 ) -> StepBatch:
-    parts = [samples[begin : begin + micro_batch_size] for begin in range(0, len(samples), micro_batch_size)]
     return StepBatch(
         step,
         epoch,
         position,
         [sample.sample_id for sample in samples],
-        [collate(part, pad_id) for part in parts],
+        micro_batches,
         sum(len(sample.input_ids) for sample in samples),
         sum(int(sample.trained.sum()) for sample in samples),
         digest_samples(samples),

@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 
 from onward.model.head import chunked_loss, chunks_of_logits, hidden_states, is_large
+from onward.model.packed import packed_inputs
 
 IGNORED = -100
 
@@ -32,8 +33,9 @@ def loss_sum(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Cross-entropy summed over the target tokens of a batch (a scalar in fp32).
 
     `inputs` holds input_ids, attention_mask and labels [batch, length] (-100 where nothing is learnt) and the model's
-    image inputs. The head runs only over columns in which some sample of the batch has a target; over the target tokens
-    alone, a chunk at a time, where those are many for its vocabulary.
+    image inputs; position_ids instead of the mask where several samples share a row. The head runs only over columns in
+    which some sample of the batch has a target; over the target tokens alone, a chunk at a time, where those are many
+    for its vocabulary.
     """
     columns = _Columns.of(model, inputs)
     if (hidden := columns.hidden(model)) is not None:
@@ -75,6 +77,7 @@ class _Columns:
     @classmethod
     def of(cls, model: Any, inputs: Mapping[str, torch.Tensor]) -> _Columns:
         device = next(model.parameters()).device
+        inputs = packed_inputs(model, inputs)
         targets = inputs["labels"][:, 1:]
         columns = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)
         arguments = {name: tensor.to(device) for name, tensor in inputs.items() if name != "labels"}

@@ -86,6 +86,8 @@ TABLE: dict[str, tuple[Kind, Tier]] = {
     "stages.*.images.min_pixels": BREAKING,
     "stages.*.images.max_pixels": BREAKING,
     "stages.*.images.max_tiles": BREAKING,
+    "stages.*.packing": ("free", "state-exact"),
+    "stages.*.sort_by_length": ("free", "state-exact"),
     "stages.*.workers": ("free", "bitwise"),
     "stages.*.learning_rate": ("acceptable", "declared"),
     "stages.*.optimizer.name": BREAKING,

@@ -198,6 +198,13 @@ class Shared(Strict):
     on_bad_sample: Literal["stop", "skip"] = Field("stop", description="a sample that cannot be read")
     loss_on: Literal["assistant", "last", "all"] = Field("assistant", description="which turns are learnt")
     images: Images | None = Field(None, description="limits on images; null: as the model's own files say")
+    packing: bool = Field(
+        False,
+        description="several samples of a step in one row; they do not see each other. micro_batch_size counts rows",
+    )
+    sort_by_length: bool = Field(
+        True, description="micro-batches of samples of like length, within a step: less padding; packing does without"
+    )
     workers: Annotated[int, Field(ge=0)] = Field(0, description="data-loader processes")
     learning_rate: NotNegative = Field(1e-4, description="at the top of the schedule")
     optimizer: Optimizer = Optimizer()

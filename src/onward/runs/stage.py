@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from onward.checkpoint.background import Background
 from onward.checkpoint.read import Checkpoint, newest_verified
 from onward.checkpoint.save import finish_replacements
-from onward.errors import DamageError, Refused, TrainingError
+from onward.errors import DamageError, PlanError, Refused, TrainingError
 from onward.model.directory import open_model_directory
 from onward.plan.schema import Stage
 from onward.runs.journal import write_event
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from onward.runs.inputs import StageInputs
     from onward.runs.session import Session
     from onward.train.loop import Training
+
+
+PACKED_PROBE = 16  # tokens of each of two texts
+PACKED_BOUND = (0.05, 1e-4)  # of the largest logit: in 16 bits, in fp32
 
 
 @dataclass
@@ -93,6 +97,8 @@ def set_up(session: Session, number: int, start: Start, checkpoint: Checkpoint |
         session.directory.checkpoints(session.resolved.names, stage.name), session.micro_batch_size(stage.name),
         Background(),
     )  # fmt: skip
+    if stage.packing:
+        _require_apart(live, session.resolved.loaded.where("stages", number, "packing"))
     if checkpoint is not None:
         put_in_place(live, checkpoint)
         checkpoint.release()
@@ -100,6 +106,28 @@ def set_up(session: Session, number: int, start: Start, checkpoint: Checkpoint |
         finish_replacements(live.checkpoints, session.lock.run_id)  # a crash may have come before this
         retire_superseded(session, live)
     return live
+
+
+def _require_apart(live: LiveStage, where: str) -> None:
+    """PlanError when this model lets the samples of a packed row see each other."""
+    import numpy as np
+    import torch
+
+    from onward.model.forward import evaluating
+    from onward.model.packed import seen_apart
+
+    ids = live.probe_batch()["input_ids"][0]
+    vision = live.inputs.encoder.vision
+    text = ids[~torch.from_numpy(np.isin(ids, vision.ids))] if vision else ids
+    model = live.training.trainable.model
+    try:
+        with evaluating(model, live.engine.autocast()):
+            far = seen_apart(model, text[:PACKED_PROBE])
+        reason = f"the samples of a packed row see each other in this model: logits are off by {far:.2g} of the largest"
+    except (TypeError, ValueError, RuntimeError) as error:
+        far, reason = 1.0, f"this model does not take packed rows ({error})"
+    if far > PACKED_BOUND[live.plan.precision == "fp32"]:
+        raise PlanError(reason, where=where, hint="say packing: false; sort_by_length: true saves most of the padding")
 
 
 def newest(session: Session, number: int, start: Start) -> Checkpoint | None:
@@ -201,6 +229,7 @@ def train_stage(session: Session, live: LiveStage) -> int:
         first_step=training.progress.step + 1,
         last_step=ends[-1],
         workers=stage.workers,
+        layout="packed" if stage.packing else "sorted" if stage.sort_by_length else "plain",
     )
     duties = Duties(
         evaluate=evaluation,
