@@ -1,13 +1,13 @@
 """Sorted and packed micro-batches: the same samples, the same loss and gradients, less padding."""
 
-import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
+import tiny_vision
 import torch
-from data_helpers import ask, write_rows
+from data_helpers import ask, paint, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -47,20 +47,18 @@ def test_every_sample_once_and_no_row_longer_than_the_longest(sizes, micro_batch
 
 
 def family(kind, place: Path):
-    """A tiny model of a family and data for it, with images where it sees them. No dropout."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-    import tiny
-
+    """A tiny model of a family and data for it, with images of several sizes where it sees them."""
     if kind in ("llama", "qwen2", "qwen3"):
         tiny.text_model(place / kind, kind)
         tiny.text_data(place / "d.jsonl", rows=12)
         return place / kind, place / "d.jsonl"
-    tiny.llava(place / kind)
-    tiny.colour_data(place / "c.jsonl", rows=8)
-    rows = [json.loads(line) for line in (place / "c.jsonl").read_text().splitlines()]
-    for i, row in enumerate(rows):
-        row["messages"][1]["content"] += " please" * (i % 5)
-    return place / kind, write_rows(place / "d.jsonl", [*rows, ask("No image?", "None.")])
+    tiny_vision.vision_model(place / kind, kind)
+    rows = [ask("No image?", "None.")]
+    for i, size in enumerate([(28, 28), (90, 20), (33, 120), (56, 56), (60, 28)]):
+        paint(place / f"{i}.png", tuple(40 * i for _ in range(3)), size)
+        parts = [{"type": "image", "path": f"{i}.png"}] * (1 + i % 2)
+        rows.append(ask([*parts, {"type": "text", "text": "which ?"}], "red" + " please" * (i * 3 % 5)))
+    return place / kind, write_rows(place / "d.jsonl", rows)
 
 
 def losses_and_gradients(model_dir, path, layout, attention, micro_batch_size=3):
@@ -85,7 +83,8 @@ def losses_and_gradients(model_dir, path, layout, attention, micro_batch_size=3)
 
 
 @pytest.mark.parametrize(
-    ("kind", "attention"), [("llama", "sdpa"), ("qwen2", "eager"), ("qwen3", "sdpa"), ("llava", "sdpa")]
+    ("kind", "attention"),
+    [("llama", "sdpa"), ("qwen2", "eager"), ("qwen3", "sdpa"), *((kind, "sdpa") for kind in tiny_vision.KINDS)],
 )
 def test_packed_and_sorted_give_the_loss_and_the_gradients_of_each_sample_alone(tmp_path, kind, attention):
     """Samples in one row do not see each other: else everything would differ."""

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from harness import KILLED, Killer, assert_identical, in_child, start
 
+from onward.files import read_jsonl
+
 PLAN = """
 model: {model}
 seed: 5
@@ -32,6 +34,16 @@ ALL_KINDS = (
 )
 VARIANTS = {
     "all kinds": {"data": ALL_KINDS, "held_out": "alpaca.json", "length": "epochs: 2"},
+    "packed": {
+        "data": ALL_KINDS, "held_out": "saved", "length": "epochs: 2", "more": "packing: true",
+    },
+    "packed images": {
+        "model": "llava", "top": "", "data": "llava.parquet", "held_out": "llava.parquet", "length": "epochs: 2",
+        "more": "packing: true",
+    },
+    "as they come": {
+        "data": "alpaca.json", "held_out": "saved", "length": "steps: 7", "more": "sort_by_length: false",
+    },
     "texts for a model without a template": {
         "model": "base", "top": "", "data": "saved", "held_out": "saved", "length": "steps: 7",
     },
@@ -39,6 +51,8 @@ VARIANTS = {
         "model": "llava", "top": "", "data": "llava.parquet", "held_out": "llava.parquet", "length": "epochs: 2",
     },
 }  # fmt: skip
+FEW = ("all kinds", "packed images")
+"""What `make test` takes of them."""
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +79,9 @@ def check_variant(data: Path, tmp_path: Path, variant: str, workers: int) -> Non
     assert_identical(tmp_path / "whole", run)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [name if name in FEW else pytest.param(name, marks=pytest.mark.whole) for name in VARIANTS]
+)
 def test_killed_twice(data: Path, tmp_path: Path, variant: str) -> None:
     check_variant(data, tmp_path, variant, 0)
 
@@ -74,6 +90,24 @@ def test_killed_twice(data: Path, tmp_path: Path, variant: str) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_killed_twice_with_workers(data: Path, tmp_path: Path, variant: str) -> None:
     check_variant(data, tmp_path, variant, 2)
+
+
+def test_packing_may_be_switched_while_a_run_goes_on(data: Path, tmp_path: Path) -> None:
+    """The same samples a step, another order of sums: free to change, and said to be state-exact."""
+    values = {"model": "base", "top": "chat_template: chatml", "more": "", "workers": 0, **VARIANTS["all kinds"]}
+    plan, run = data / "switched.yaml", tmp_path / "run"
+    plan.write_text(PLAN.format(**values))
+    assert start(plan, tmp_path / "whole") == 0
+    assert start(plan, run, view=Killer(("learn", 5))) == KILLED
+    assert start(plan, run, "stages.learn.packing=true") == 0
+    whole, switched = (
+        {row["step"]: row for row in read_jsonl(at / "metrics.jsonl")} for at in (tmp_path / "whole", run)
+    )
+    assert [row.get("inputs") for row in whole.values()] == [row.get("inputs") for row in switched.values()]
+    assert {event.get("tier") for event in read_jsonl(run / "journal.jsonl")} >= {"bitwise", "state-exact"}
+    last = max(whole)
+    assert switched[last]["loss"] != whole[last]["loss"]
+    assert abs(switched[last]["loss"] - whole[last]["loss"]) < 0.2
 
 
 def test_the_template_that_was_learnt_is_handed_on(data: Path, tmp_path: Path) -> None:
