@@ -18,6 +18,11 @@ from onward.plan import schema
 BLOCKS: list[tuple[str, type[BaseModel], str]] = [
     ("The plan", schema.PlanFile, "Top level."),
     (
+        "model: from parts",
+        schema.Parts,
+        "`model: {family: llava, language_model: DIR, vision_tower: DIR}`: put together once, under onward's cache.",
+    ),
+    (
         "A stage",
         schema.Stage,
         "Each entry of `stages`. All but `name`, `train`, `data`, `epochs` and `steps` may stand in `defaults` too.",

@@ -79,6 +79,6 @@ def test_every_spelling_leads_to_a_key_that_exists():
         for name in ours:
             roots = [(), ("stages", 0), ("stages", 0, "train", "x"), ("stages", 0, "optimizer")]
             roots += [("stages", 0, key) for key in ("schedule", "evaluate", "output")] + [("stages", 0, "data", 0)]
-            roots += [("checkpoint",)]
+            roots += [("checkpoint",), ("model",)]
             assert any(fragment((*root, *name.split("."))) for root in roots), name
     assert not set(suggest.EXPLAINED) & (set(suggest.SPELLINGS) | {n for level in levels for n in level.model_fields})

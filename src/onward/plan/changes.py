@@ -30,12 +30,22 @@ FORWARD: tuple[Kind, Tier] = ("forward", "bitwise")
 BREAKING: tuple[Kind, Tier] = ("breaking", "refused")
 
 # Key → (kind, the tier that still holds once it is applied). `*` stands for one stage, module or list index.
-# Paths are free because content decides: `fingerprint_changes` compares what stands there and how its rows are read
-# (so formats, columns and the chat template are free too); rows that were only added
+# Paths and a model's parts are free because content decides: `fingerprint_changes` compares what stands there and how
+# its rows are read (so formats, columns and the chat template are free too); rows that were only added
 # are a change like any other (docs/architecture.md says why). The engine's device and
 # threads are free because the environment decides: `environment_changes` compares what is really used.
 TABLE: dict[str, tuple[Kind, Tier]] = {
     "model": ("free", "bitwise"),
+    "model.family": ("free", "bitwise"),
+    "model.language_model": ("free", "bitwise"),
+    "model.vision_tower": ("free", "bitwise"),
+    "model.projector": ("free", "bitwise"),
+    "model.image_token": ("free", "bitwise"),
+    "model.vision_feature_layer": ("free", "bitwise"),
+    "model.vision_feature_select_strategy": ("free", "bitwise"),
+    "model.projector_hidden_act": ("free", "bitwise"),
+    "model.image_processor": ("free", "bitwise"),
+    "model.precision": ("free", "bitwise"),
     "chat_template": ("free", "bitwise"),
     "seed": BREAKING,
     "deterministic": ("acceptable", "state-exact"),

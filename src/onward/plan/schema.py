@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SerializerFunctionWrapHandler,
+    Tag,
+    model_serializer,
+    model_validator,
+)
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -263,10 +272,42 @@ class Engine(Strict):
     threads: Count | None = Field(None, description="CPU threads; default all of this process's cores")
 
 
+class Parts(Strict):
+    """A model put together from its parts, each a directory or an id; what no part states can be given."""
+
+    family: Literal["llava", "internvl"]
+    language_model: str = Field(description="a decoder, with its tokenizer and chat template")
+    vision_tower: str = Field(description="CLIP, SigLIP or InternViT, with its image processor")
+    projector: str = Field("new", description="new: drawn from the seed; or a trained one")
+    image_token: str | None = Field(None, description="what stands for an image in the text; added where it is new")
+    vision_feature_layer: int | None = Field(None, description="the tower's layer that is projected; LLaVA: -2")
+    vision_feature_select_strategy: Literal["default", "full"] | None = Field(
+        None, description="default: without the tower's class token"
+    )
+    projector_hidden_act: str | None = Field(None, description="between the projector's layers: gelu")
+    image_processor: str | None = Field(None, description="a directory that has one, where the tower's has none")
+    precision: Literal["fp32", "bf16", "fp16"] | None = Field(
+        None, description="of all weights; default each keeps its own"
+    )
+
+    def __str__(self) -> str:
+        return f"{self.family} from {self.language_model} and {self.vision_tower}"
+
+
+PARTS = "parts"
+
+
+def _model_kind(value: Any) -> str:
+    return "directory" if isinstance(value, str) else PARTS
+
+
+Model = Annotated[Annotated[str, Tag("directory")] | Annotated[Parts, Tag(PARTS)], Discriminator(_model_kind)]
+
+
 class Plan(Strict):
     """A whole plan, defaults applied."""
 
-    model: str = Field(description="a directory, a hub id, or modelscope:ID")
+    model: Model = Field(description="a directory, a hub id, modelscope:ID; or parts")
     chat_template: str | None = Field(
         None, description="for a base model: the name of a template (docs/data.md) or a file; default the model's own"
     )

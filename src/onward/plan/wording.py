@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from onward.plan.document import Key
-from onward.plan.schema import PlanFile
+from onward.plan.schema import PARTS, PlanFile
 from onward.plan.suggest import advice
 
 
@@ -30,7 +30,7 @@ def mistakes(error: ValidationError, value: Any, at: Key = ()) -> Iterator[tuple
             case "missing":
                 yield full, f"missing: must be {expected(fragment(full))}"
             case "extra_forbidden":
-                yield full, f"unknown key; {advice(str(key[-1]), fragment(full[:-1]).get('properties', {}))}"
+                yield full, f"unknown key; {advice(str(key[-1]), _follow(fragment(full[:-1])).get('properties', {}))}"
             case "value_error":
                 yield full, detail["msg"].removeprefix("Value error, ")
             case _:
@@ -41,6 +41,8 @@ def _key_in(value: Any, loc: Iterable[str | int], kind: str) -> Key:
     """pydantic's location without the names of union branches: as far as the value goes."""
     key: Key = ()
     for part in loc:
+        if key == ("model",) and part == PARTS:  # the one branch below which there are keys
+            continue
         try:
             _get(value, (*key, part))
         except (KeyError, IndexError, TypeError):
@@ -83,7 +85,7 @@ def fragment(key: Key) -> dict[str, Any]:
             properties = found.get("properties", {})
             others = found.get("additionalProperties")
             found = properties.get(part) or (others if isinstance(others, dict) else {})
-    return _follow(found)
+    return found if "oneOf" in found else _follow(found)
 
 
 def _follow(schema: dict[str, Any]) -> dict[str, Any]:
@@ -91,15 +93,15 @@ def _follow(schema: dict[str, Any]) -> dict[str, Any]:
     if "$ref" in schema:
         target: dict[str, Any] = _schema()["$defs"][schema["$ref"].rsplit("/", 1)[-1]]
         return target
-    inner = [branch for branch in schema.get("anyOf", []) if "$ref" in branch]
+    inner = [branch for branch in schema.get("anyOf", schema.get("oneOf", [])) if "$ref" in branch]
     return _follow(inner[0]) if len(inner) == 1 else schema
 
 
 def expected(schema: dict[str, Any]) -> str:
     """What a value must be, as the end of a sentence that begins with "must be"."""
     match schema:
-        case {"anyOf": branches}:
-            return " or ".join(expected(branch) for branch in branches)
+        case {"anyOf": branches} | {"oneOf": branches}:
+            return " or ".join(expected(_follow(branch)) for branch in branches)
         case {"enum": [*others, last]}:
             return f"{', '.join(map(str, others))} or {last}"
         case {"const": value}:

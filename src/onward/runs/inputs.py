@@ -118,7 +118,8 @@ class Content:
 def content_of(resolved: Resolved, inputs: Mapping[str, StageInputs]) -> Content:
     """Every byte is read, once; images count by name and size."""
     model, plan = resolved.model.path, resolved.loaded.plan
-    named = plan.model if model == resolved.loaded.resolve(plan.model) else str(model)
+    beside = isinstance(plan.model, str) and model == resolved.loaded.resolve(plan.model)
+    named = plan.model if beside else str(model)
     files = {f"{named}/{name}": cached_digest(model / name) for name in resolved.model.files}
     files |= {f"{named}/{path.relative_to(model)}": cached_digest(path) for path in sidecars(model)}
     for stage in plan.stages:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from onward.errors import PlanError
 from onward.model.directory import ModelDirectory, open_model_directory
+from onward.model.families import WHOLES
 from onward.model.selection import LoraLayer, Selection, looks_linear, select
 from onward.plan.functions import require_arguments
 from onward.plan.load import LoadedPlan
@@ -99,14 +100,33 @@ def select_from(
 
 
 def model_directory(loaded: LoadedPlan) -> Path:
-    """The directory of the plan's model: one beside the plan or a path of its own, or a hub id's snapshot."""
-    name = loaded.plan.model
-    directory = loaded.resolve(name)
-    if directory.is_dir():
-        return directory
+    """The directory of the plan's model: one beside the plan or a path of its own, a hub id's snapshot, or what its
+    parts make up.
+    """
+    model, where = loaded.plan.model, loaded.where("model")
+    if isinstance(model, str):
+        return _found(loaded, model, where)
+    from onward.model.parts import NEW, whole_model
+
+    settings = model.model_dump(exclude_none=True, exclude={"family", "precision", *WHOLES})
+    named = {module: getattr(model, module) for module in WHOLES if (module, getattr(model, module)) != NEW}
+    modules = {module: _found(loaded, name, loaded.where("model", module)) for module, name in named.items()}
+    if "image_processor" in settings:
+        place = _found(loaded, settings["image_processor"], loaded.where("model", "image_processor"))
+        settings["image_processor"] = str(place)
+    try:
+        return whole_model(model.family, modules, settings, dtype=model.precision, seed=loaded.plan.seed)
+    except PlanError as error:  # told as of assemble's command line
+        raise PlanError(error.message, where=where, hint=error.hint) from None
+
+
+def _found(loaded: LoadedPlan, name: str, where: str) -> Path:
+    path = loaded.resolve(name)
+    if path.exists():
+        return path
     if is_hub_id(name):
-        return hub_directory(name, loaded.where("model"))
-    raise PlanError(f"no such model directory: {directory}", where=loaded.where("model"))
+        return hub_directory(name, where)
+    raise PlanError(f"no such model directory: {path}", where=where)
 
 
 def _source(loaded: LoadedPlan, source: Source, key: tuple[str | int, ...]) -> ResolvedSource:

@@ -111,7 +111,7 @@ def status(path: Path) -> RunStatus:
         held_by=f"process {held['process']} on {held['host']}" if held else None,
         attempts=len(starts),
         tier=starts[-1]["tier"] if starts else "none",
-        model=plan.model,
+        model=str(plan.model),
         stages=stages,
         seconds_per_step=seconds,
         tokens_per_second=tokens,
