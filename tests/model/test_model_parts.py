@@ -166,7 +166,7 @@ def test_what_is_wrong_has_its_line(place: Path) -> None:
     with pytest.raises(PlanError, match="no such model directory") as caught:
         whole(place, tower="nowhere")
     assert "plan.yaml:5: model.vision_tower" in str(caught.value)
-    with pytest.raises(InputError, match="has no preprocessor_config"):
+    with pytest.raises(InputError, match="model_type qwen2 is no vision tower"):
         whole(place, tower="llm")
 
 

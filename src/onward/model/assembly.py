@@ -70,7 +70,7 @@ def _from_parts(request: Request, out: Path) -> AssemblyReport:
     shop.check_all_used()
     config = wholes.CONFIGS[family](
         wholes.part_config(text_values, str(source.path / "config.json")),
-        wholes.part_config(vision_values, str(request.modules["vision_tower"] / "config.json")),
+        wholes.tower_config(vision_values, str(request.modules["vision_tower"] / "config.json")),
         shop.settings,
         bias="linear_1.bias" in parts["projector"],
     )

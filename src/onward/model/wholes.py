@@ -37,6 +37,14 @@ def part_config(config: Mapping[str, Any], where: str) -> Any:
     return CONFIG_MAPPING[kind].from_dict(values)
 
 
+def tower_config(config: Mapping[str, Any], where: str) -> Any:
+    """`part_config` of a vision tower. InputError for a model that sees no images."""
+    made = part_config(config, where)
+    if not (hasattr(made, "image_size") and hasattr(made, "patch_size")):
+        raise InputError(f"model_type {made.model_type} is no vision tower", where=where)
+    return made
+
+
 def llava_config(text: Any, vision: Any, settings: Settings, *, bias: bool) -> Any:
     """The configuration of a LLaVA; the image token's id is put in later."""
     from transformers import LlavaConfig
