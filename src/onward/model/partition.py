@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,13 @@ def out_of_whole(family: Family, canonical: str, config: Mapping[str, Any]) -> t
     name = canonical.removeprefix(prefix_of(family, module))
     tower = config.get("vision_config", {}).get("model_type")
     return module, f"vision_model.{name}" if module == "vision_tower" and tower in TOWERS_WITHIN else name
+
+
+def placing(model: Path) -> Callable[[str], tuple[str, str]]:
+    """Module and name there of a tensor of a model directory's files."""
+    config = read_json(model / "config.json")
+    family = find_family(config, str(model / "config.json"))
+    return lambda name: out_of_whole(family, family.to_canonical(name), config)
 
 
 def files_beside(model: Path) -> dict[str, dict[str, bytes]]:

@@ -23,9 +23,9 @@ from onward.model.shapes import parameter_shapes
 from onward.model.workshop import Request, Settings, Workshop
 from onward.weights.assemble import AssemblyReport, Part, check_assignment, specs_of
 from onward.weights.pieces import Piece, Pieces
-from onward.weights.shards import INDEX
+from onward.weights.shards import INDEX, PARTS
 from onward.weights.sidecars import copy_sidecars
-from onward.weights.split import PARTS, part_pieces
+from onward.weights.split import part_pieces
 
 INTERNVL_CHAT = {"language_model": "language_model.", "vision_tower": "vision_model.", "projector": "mlp1."}
 

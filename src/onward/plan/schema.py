@@ -170,7 +170,9 @@ class EarlyStopping(Strict):
 class Output(Strict):
     """What the stage hands on."""
 
-    form: Literal["merged", "adapters"] = "merged"
+    form: Literal["merged", "adapters", "parts"] = Field(
+        "merged", description="one model; adapters, kept apart; or the merged model, one directory a module"
+    )
     from_: Literal["last", "best"] = Field("last", alias="from", description="best: by the first metric of evaluate")
     base_values: Literal["original", "dequantised"] = Field(
         "original", description="merged, after qlora: into the base as it was, or as quantisation had left it"

@@ -220,7 +220,9 @@ def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> Sta
     shapes = {name: entry.shape for name, entry in resolved.model.parameters().items()}
     whole = resolved.loaded.plan
     rate = SHARE * matrix_rate(plan.precision, device_name(whole), threads(whole))
-    base = merge_bytes(resolved.model.path) if plan.output.form == "merged" else trained * FP32
+    base = trained * FP32
+    if plan.output.form != "adapters":  # parts are split from a whole
+        base = merge_bytes(resolved.model.path) * (2 if plan.output.form == "parts" else 1)
     ends = ", ".join(map(str, inputs.horizon.ends[:-1]))
     extended = f", extended after step {ends}" if ends else ""
     return StageCheck(

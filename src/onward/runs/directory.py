@@ -9,7 +9,7 @@ from pathlib import Path
 from onward.errors import Refused
 from onward.files import PARTIAL
 
-LOCK, PLAN, HOLD, START = "plan.lock.json", "plan.yaml", "run.hold", "start"
+LOCK, PLAN, HOLD, START, WHOLE = "plan.lock.json", "plan.yaml", "run.hold", "start", "whole"
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ from onward.foreign.layouts import layout_of
 from onward.foreign.pieces import any_adapter, has_weights
 from onward.foreign.xtuner_export import write_pth, xtuner_name
 from onward.model.families import Family, find_family
-from onward.model.partition import files_beside, out_of_whole
+from onward.model.partition import files_beside, out_of_whole, placing
 from onward.model.selection import PEFT_PREFIX
 from onward.runs.outputs import as_peft
 from onward.weights.lora import for_layer
 from onward.weights.merge import merge_bytes
-from onward.weights.shards import model_shards
+from onward.weights.shards import PARTS, model_shards
 from onward.weights.sidecars import sidecars
-from onward.weights.split import PARTS, split
+from onward.weights.split import split
 
 if TYPE_CHECKING:
     import torch
@@ -121,11 +121,10 @@ def _export_model(path: Path, form: str, out: Path) -> ExportReport:
         raise InputError(
             "is in a layout that onward converts first", where=str(path), hint=f"onward import {path} --out DIR"
         )
-    family = find_family(config, str(path / "config.json"))
     require_space(out, merge_bytes(path), "the export")
     with committed_directory(out) as unfinished:
         if form == "parts":
-            report = split(path, unfinished, _placing(family, config), files_beside(path))
+            report = split(path, unfinished, placing(path), files_beside(path))
             return ExportReport("model in parts", str(out), report.tensors, report.files)
         if form == "huggingface":
             files = [*(shard.path for shard in model_shards(path)), *sidecars(path)]
@@ -133,20 +132,19 @@ def _export_model(path: Path, form: str, out: Path) -> ExportReport:
                 target = unfinished / file.relative_to(path)
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
-            counts = _counted(
-                _placing(family, config)(name)[0] for shard in model_shards(path) for name in shard.entries
-            )
+            place = placing(path)
+            counts = _counted(place(name)[0] for shard in model_shards(path) for name in shard.entries)
             return ExportReport("model", str(out), counts, _records(unfinished), _lacking(unfinished))
-        tensors, counts = _wrapped(path, family, config)
+        tensors, counts = _wrapped(path, config)
         write_pth(unfinished / PTH, tensors)
         return ExportReport("XTuner's pretrained_pth", str(out), counts, _records(unfinished))
 
 
-def _wrapped(path: Path, family: Family, config: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+def _wrapped(path: Path, config: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
     """Every tensor of a model by XTuner's name, in the memory of the files that hold them."""
     from safetensors import safe_open
 
-    place, tensors, modules = _placing(family, config), dict[str, Any](), []
+    place, tensors, modules = placing(path), dict[str, Any](), []
     for shard in model_shards(path):
         with safe_open(shard.path, "pt") as file:
             for name in shard.entries:
@@ -269,10 +267,6 @@ def _base_of(path: Path, adapter: Adapter | None) -> Path:
         where=str(path),
         hint="give it: --base DIR",
     )
-
-
-def _placing(family: Family, config: Mapping[str, Any]) -> Any:
-    return lambda name: out_of_whole(family, family.to_canonical(name), config)
 
 
 def _kind(config: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from onward.checkpoint.tensorfile import FileRecord, write_tensors
 from onward.errors import TrainingError
 from onward.files import PARTIAL, committed_directory, require_space
 from onward.model.directory import open_model_directory
+from onward.model.partition import files_beside, placing
 from onward.plan.schema import Stage
 from onward.runs.directory import checkpoint_name
 from onward.runs.environment import threads
@@ -25,6 +27,7 @@ from onward.runs.reopen import reopened_logits
 from onward.runs.stage import LiveStage, put_in_place
 from onward.weights.merge import merge, merge_bytes
 from onward.weights.quantised import Quantisation, to_json
+from onward.weights.split import split
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +97,7 @@ def _expected(live: LiveStage, batch: Mapping[str, torch.Tensor]) -> tuple[torch
 
     trainable, output = live.training.trainable, live.plan.output
     trained = probe_logits(trainable.model, batch, live.engine.autocast())
-    if not trainable.quantised or output.form != "merged":
+    if not trainable.quantised or output.form == "adapters":
         return trained, {}
     opened = open_model_directory(live.start.base)
     logits = {}
@@ -114,41 +117,14 @@ def hand_on(session: Session, result: Result) -> None:
     """
     stage = result.plan
     output = session.directory.output(session.resolved.names, stage.name)
-    tensors = [*result.adapters.values(), *result.full.values()]
-    is_merged = stage.output.form == "merged"
-    size = merge_bytes(result.start.base) if is_merged else sum(tensor.nbytes for tensor in tensors)
+    size = sum(tensor.nbytes for tensor in [*result.adapters.values(), *result.full.values()])
+    if stage.output.form != "adapters":  # parts are split from a whole, which is deleted then
+        size = merge_bytes(result.start.base) * (2 if stage.output.form == "parts" else 1)
     require_space(output, size, f"the output of stage {stage.name}")
     _clear(output.parent, session.lock.run_id)
+    write = {"merged": _merged, "parts": _in_parts, "adapters": _adapters}[stage.output.form]
     with committed_directory(output, session.lock.run_id) as partial:
-        agreement: dict[str, Any] = {}
-        if is_merged:
-            opened = open_model_directory(result.start.base)
-            report = merge(
-                opened.path,
-                partial,
-                adapters=[Adapter(result.config, result.adapters)] if result.adapters else [],
-                full=result.full,
-                to_canonical=opened.family.to_canonical,
-                quantised=result.quantised,
-                base_values=stage.output.base_values,
-            )
-            known = report.files
-            is_fp32 = stage.precision == "fp32" and all(entry.dtype == "F32" for entry in opened.tensors.values())
-            agreement = _agreement(session, result, partial, BOUND_FP32 if is_fp32 else BOUND_16_BIT)
-            if report.drift:
-                agreement |= _drift(session, result, report.drift)
-        else:
-            config, peft_tensors = as_peft(result.config, result.adapters, result.full)
-            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-            known = (
-                write_file(partial / ADAPTER_CONFIG, text.encode()),
-                write_tensors(partial / ADAPTER_TENSORS, peft_tensors, {"format": "pt"}),
-            )
-            if result.quantised:
-                text = json.dumps(to_json(result.quantised), indent=2, ensure_ascii=False) + "\n"
-                known = (*known, write_file(partial / QUANTISATION, text.encode()))
-        if template := session.resolved.chat_template:
-            known = (*_without_templates(partial, known), _template_file(partial, template))
+        known, agreement = write(session, result, partial)
         manifest = Manifest(
             kind="output",
             run_id=session.lock.run_id,
@@ -163,6 +139,58 @@ def hand_on(session: Session, result: Result) -> None:
         write_manifest(partial, manifest)
     event = {"stage": stage.name, "step": result.step, "form": stage.output.form, **agreement}
     write_event(session.directory.journal, "output", attempt=session.attempt, **event)
+
+
+Written = tuple[tuple[FileRecord, ...], dict[str, Any]]  # files, and what the journal tells of how well they agree
+
+
+def _merged(session: Session, result: Result, directory: Path) -> Written:
+    """The model that the base and what was trained make up, reopened and held to what is expected of it."""
+    opened = open_model_directory(result.start.base)
+    report = merge(
+        opened.path,
+        directory,
+        adapters=[Adapter(result.config, result.adapters)] if result.adapters else [],
+        full=result.full,
+        to_canonical=opened.family.to_canonical,
+        quantised=result.quantised,
+        base_values=result.plan.output.base_values,
+    )
+    is_fp32 = result.plan.precision == "fp32" and all(entry.dtype == "F32" for entry in opened.tensors.values())
+    agreement: dict[str, Any] = _agreement(session, result, directory, BOUND_FP32 if is_fp32 else BOUND_16_BIT)
+    if report.drift:
+        agreement |= _drift(session, result, report.drift)
+    return _with_template(session, directory, report.files), agreement
+
+
+def _in_parts(session: Session, result: Result, directory: Path) -> Written:
+    """The merged model, one directory a module."""
+    whole = directory / "whole"
+    whole.mkdir()
+    _, agreement = _merged(session, result, whole)
+    report = split(whole, directory, placing(whole), files_beside(whole))
+    shutil.rmtree(whole)
+    return report.files, agreement
+
+
+def _adapters(session: Session, result: Result, directory: Path) -> Written:
+    """What was trained, as PEFT has it."""
+    config, peft_tensors = as_peft(result.config, result.adapters, result.full)
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    known = [
+        write_file(directory / ADAPTER_CONFIG, text.encode()),
+        write_tensors(directory / ADAPTER_TENSORS, peft_tensors, {"format": "pt"}),
+    ]
+    if result.quantised:
+        text = json.dumps(to_json(result.quantised), indent=2, ensure_ascii=False) + "\n"
+        known.append(write_file(directory / QUANTISATION, text.encode()))
+    return _with_template(session, directory, tuple(known)), {}
+
+
+def _with_template(session: Session, directory: Path, known: tuple[FileRecord, ...]) -> tuple[FileRecord, ...]:
+    """The files, with the chat template that was learnt in the place of the base's own, where the plan gave one."""
+    template = session.resolved.chat_template
+    return (*_without_templates(directory, known), _template_file(directory, template)) if template else known
 
 
 def _without_templates(directory: Path, known: tuple[FileRecord, ...]) -> tuple[FileRecord, ...]:

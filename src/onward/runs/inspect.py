@@ -10,6 +10,7 @@ from onward.foreign.description import Description, count_dtypes
 from onward.foreign.known import describe
 from onward.runs.directory import RunDirectory
 from onward.runs.status import status
+from onward.weights.shards import PARTS
 
 NOTHING = ("it is no run, checkpoint, output, model directory or adapter",)
 
@@ -87,6 +88,8 @@ def _own(path: Path) -> Description:
         is_adapter = (path / "adapter_config.json").exists()
         kind = "output (adapters)" if is_adapter else "output (merged model)"
         next_command = f"onward merge {path} --out DIR" if is_adapter else f"onward evaluate {path} --data FILE"
+        if (path / PARTS).exists():
+            kind, next_command = "output (a model in parts)", f"onward assemble --base {path} --out DIR"
         missing = ("an optimizer: an output is what a stage hands on; its run's checkpoints continue",)
         return Description(str(path), kind, "onward", facts, missing=missing, next_command=next_command)
     weights = [tensor.dtype for tensor in manifest.tensors if tensor.slot in ("weight", "adapter")]

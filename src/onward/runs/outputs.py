@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onward.checkpoint.manifest import Manifest, read_manifest
+from onward.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from onward.checkpoint.removal import belongs_to, discard
 from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS, QUANTISATION
 from onward.checkpoint.verify import verify_directory
 from onward.errors import DamageError
-from onward.files import canonical_json, digest_bytes, read_json
+from onward.files import PARTIAL, canonical_json, committed_directory, digest_bytes, read_json, require_space
 from onward.model.selection import PEFT_PREFIX
 from onward.plan.lock import Lock
-from onward.runs.directory import START, RunDirectory
+from onward.runs.directory import START, WHOLE, RunDirectory
 from onward.weights.quantised import Quantisation, from_json
+from onward.weights.shards import PARTS
+from onward.weights.split import join
 
 if TYPE_CHECKING:
     import torch
@@ -59,12 +62,30 @@ def start_of(run: RunDirectory, lock: Lock, names: Sequence[str], number: int, m
             adapters, adapters_print = output, content_fingerprint(manifest)
         else:
             base, base_print, adapters, adapters_print = output, content_fingerprint(manifest), None, ""
+    if (base / PARTS).is_file() and number < len(names):
+        base = _whole_of(base, lock.run_id)
     for used in (base, adapters):
         if used and used != model:
             _sound(used, verified_output)
     if base.name == START and content_fingerprint(read_manifest(base)) != base_print:
         raise DamageError("is not the model that the lock names as the stage's start", where=str(base))
     return Start(base, _digest_of(base_print, adapters_print), adapters)
+
+
+def _whole_of(output: Path, run_id: str) -> Path:
+    """The model that an output in parts is, beside it: put together when a stage first starts from it."""
+    whole, manifest = output.with_name(WHOLE), _sound(output, verified_output)
+    parts = content_fingerprint(manifest)
+    if whole.exists() and _sound(whole, read_manifest).base == parts:
+        return whole
+    for left in [whole, *output.parent.glob(f"{PARTIAL}{WHOLE}-*")]:  # of before an extension; by a crash
+        if belongs_to(left, run_id):
+            discard(left, run_id)
+    require_space(whole, sum(record.size for record in manifest.files), "the model that the next stage starts from")
+    with committed_directory(whole, run_id) as partial:
+        files = sorted(join(output, partial), key=lambda record: record.path)
+        write_manifest(partial, replace(manifest, base=parts, files=tuple(files)))
+    return whole
 
 
 def _digest_of(*prints: str) -> str:

@@ -68,7 +68,7 @@ def resolve(loaded: LoadedPlan, starts: Collection[str] = ()) -> Resolved:
         try:
             selection = select_from(model, stage, where)
             _fits_what_is_carried(selection, carried, quantised, where)
-            if stage.output.form == "merged":
+            if stage.output.form != "adapters":
                 carried, carried_full, quantised = {}, set(), {}
             else:
                 quantised |= selection.quantised

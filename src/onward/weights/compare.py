@@ -8,6 +8,7 @@ from typing import Any
 
 from onward.checkpoint.tensorfile import TensorEntry, read_header, read_tensor
 from onward.errors import InputError
+from onward.weights.shards import PARTS
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,9 @@ def compare_tensors(a: Path, b: Path) -> TensorComparison:
 
 
 def _tensors(path: Path) -> dict[str, tuple[Path, TensorEntry]]:
+    if (path / PARTS).is_file():
+        parts = {part.name: _tensors(part) for part in sorted(path.iterdir()) if any(part.glob("*.safetensors"))}
+        return {f"{part}: {name}": found for part, tensors in parts.items() for name, found in tensors.items()}
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         raise InputError("holds no safetensors file", where=str(path))

@@ -10,7 +10,7 @@ from onward.checkpoint.tensorfile import TensorEntry, read_header
 from onward.errors import DamageError, InputError
 from onward.files import read_json
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX, PARTS = "model.safetensors", "model.safetensors.index.json", "parts.json"
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,12 @@ def model_shards(model: Path) -> list[Shard]:
     single, index = model / SINGLE, model / INDEX
     if single.exists():  # beside an index, too: that is what transformers takes
         return [Shard(single, *read_header(single))]
+    if not index.exists() and (model / PARTS).exists():
+        raise InputError(
+            "is a model in parts",
+            where=str(model),
+            hint=f"put it together first: onward assemble --base {model} --out DIR",
+        )
     if not index.exists():
         raise InputError(
             f"holds no safetensors weights (neither {SINGLE} nor {INDEX})",

@@ -24,10 +24,9 @@ from onward.errors import DamageError
 from onward.files import read_json
 from onward.weights.pieces import Piece, stored_pieces
 from onward.weights.sharded import Pending, write_sharded
-from onward.weights.shards import INDEX, model_shards
+from onward.weights.shards import INDEX, PARTS, model_shards
 from onward.weights.sidecars import copy_sidecars
 
-PARTS = "parts.json"
 VERSION = 1
 
 
@@ -79,6 +78,15 @@ def split(
     listed = {"version": VERSION, "tensors": {name: list(where) for name, where in places.items()}}
     files.append(write_file(out / PARTS, (json.dumps(listed, indent=1, ensure_ascii=False) + "\n").encode()))
     return SplitReport({module: len(tensors) for module, tensors in pending.items()}, tuple(files))
+
+
+def join(directory: Path, out: Path) -> tuple[FileRecord, ...]:
+    """Write a model in parts as the model that it was into `out`, which exists and is not committed yet."""
+    pending = [
+        Pending(TensorSpec(name, piece.dtype, piece.shape), piece.read)
+        for name, piece in part_pieces(directory).items()
+    ]
+    return (*write_sharded(out, pending), *copy_sidecars(directory, out))
 
 
 def part_pieces(directory: Path) -> dict[str, Piece]:
