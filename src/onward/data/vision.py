@@ -25,6 +25,11 @@ PROCESSORS = {
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 INPUTS = ("pixel_values", "image_grid_thw", "image_sizes")
 """What models take of the arrays that image processors give."""
+LIMITS: Mapping[str, tuple[str, ...]] = {
+    "llava": (), "onward_qwen_vl": (), "llava_next": ("max_tiles",), "internvl": ("max_tiles",),
+    **dict.fromkeys(QWEN, ("min_pixels", "max_pixels")),
+}  # fmt: skip
+"""The limits that a plan can set."""
 CONFIGS = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -192,10 +197,7 @@ def _template(model_dir: Path, own: Mapping[str, Any]) -> Any:
 def _image_processor(model_dir: Path, kind: str, limits: ImageLimits) -> Any:
     from transformers import AutoImageProcessor
 
-    known = {"llava": (), "onward_qwen_vl": (), "llava_next": ("max_tiles",), "internvl": ("max_tiles",)}.get(
-        kind, ("min_pixels", "max_pixels")
-    )
-    where = str(model_dir)
+    known, where = LIMITS[kind], str(model_dir)
     for name in limits.given():
         if name not in known:
             can = f"it knows {', '.join(known)}" if known else "it sees every image at one size"

@@ -4,4 +4,10 @@ from dataclasses import replace
 
 from onward.model.families.llava import LLAVA
 
-INTERNVL = replace(LLAVA, name="internvl", model_types=("internvl",), not_linear=None)
+INTERNVL = replace(
+    LLAVA,
+    name="internvl",
+    model_types=("internvl",),
+    modules={**LLAVA.modules, "projector": ("model.multi_modal_projector.",)},
+    not_linear=None,
+)
