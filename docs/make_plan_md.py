@@ -34,6 +34,8 @@ BLOCKS: list[tuple[str, type[BaseModel], str]] = [
     ("images", schema.Images, "A limit that the model has not is an error."),
     ("evaluate", schema.Evaluate, ""),
     ("early_stopping", schema.EarlyStopping, ""),
+    ("gate", schema.Gate, "`gate: exact_match >= 0.8` is short for `{require: exact_match >= 0.8}`."),
+    ("gate.otherwise", schema.Otherwise, "`otherwise: stop` is what `{}` means."),
     ("output", schema.Output, "`output: adapters` is short for `{form: adapters}`."),
     ("checkpoint", schema.CheckpointPlan, ""),
     (

@@ -36,6 +36,10 @@ class TrainingError(OnwardError):
     """Training cannot go on: a loss that is not finite, a group that does not learn, a replay that differs."""
 
 
+class GateError(OnwardError):
+    """A stage's numbers are not what its gate requires. Everything is kept; the numbers decide, not another run."""
+
+
 class PlanError(OnwardError):
     """The plan or the command line is wrong, or names something that does not exist."""
 

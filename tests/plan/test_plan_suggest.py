@@ -78,7 +78,7 @@ def test_every_spelling_leads_to_a_key_that_exists():
         assert spelt not in known, f"{spelt} is a key itself"
         for name in ours:
             roots = [(), ("stages", 0), ("stages", 0, "train", "x"), ("stages", 0, "optimizer")]
-            roots += [("stages", 0, key) for key in ("schedule", "evaluate", "output")] + [("stages", 0, "data", 0)]
-            roots += [("checkpoint",), ("model",)]
+            roots += [("stages", 0, key) for key in ("schedule", "evaluate", "output", "gate")]
+            roots += [("stages", 0, "data", 0), ("checkpoint",), ("model",), ("stages", 0, "gate", "otherwise")]
             assert any(fragment((*root, *name.split("."))) for root in roots), name
     assert not set(suggest.EXPLAINED) & (set(suggest.SPELLINGS) | {n for level in levels for n in level.model_fields})

@@ -15,7 +15,7 @@ from onward.errors import PlanError
 from onward.plan.document import Key
 from onward.plan.schema import Train
 
-SHORTHANDS = {"schedule": "name", "optimizer": "name", "output": "form"}
+SHORTHANDS = {"schedule": "name", "optimizer": "name", "output": "form", "gate": "require"}
 ALTERNATIVES = {
     "warmup_ratio": "warmup_steps",
     "warmup_steps": "warmup_ratio",
@@ -126,7 +126,7 @@ class Draft:
         return merged
 
     def _write_out_shorthands(self) -> None:
-        """`schedule: linear` → {name: linear}; data as a path or one mapping → a list of mappings."""
+        """`schedule: linear` → {name: linear}; data as a path or one mapping → a list of mappings; a gate's `stop`."""
         stages = self.value.get("stages")
         blocks: list[tuple[Key, Any]] = [(("defaults",), self.value.get("defaults"))]
         if isinstance(stages, list):
@@ -139,6 +139,8 @@ class Draft:
                     block[key] = {inner: block[key]}
                     self._copy_origins((*at, key), (*at, key, inner))
             self._list_sources(block, at)
+            if isinstance(block.get("gate"), dict) and block["gate"].get("otherwise") == "stop":
+                block["gate"]["otherwise"] = {}
             if isinstance(block.get("evaluate"), dict):
                 self._list_sources(block["evaluate"], (*at, "evaluate"))
 

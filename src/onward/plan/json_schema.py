@@ -18,12 +18,15 @@ def json_schema() -> dict[str, Any]:
         properties = definitions[block]["properties"]
         for key, inner in SHORTHANDS.items():
             names = definitions[key.capitalize()]["properties"][inner]
-            properties[key] = _either(properties[key], {k: names[k] for k in ("enum", "const") if k in names})
+            words = {k: names[k] for k in ("enum", "const") if k in names} or {"type": "string"}
+            properties[key] = _either(properties[key], words)
     for block in ("Stage", "Evaluate"):
         properties = definitions[block]["properties"]
         path, source = {"type": "string"}, {"$ref": "#/$defs/Source"}
         sources = {"type": "array", "minItems": 1, "items": {"anyOf": [path, source]}}
         properties["data"] = _either(properties["data"], path, source, whole=sources)
+    gate = definitions["Gate"]["properties"]
+    gate["otherwise"] = _either(gate["otherwise"], {"const": "stop"})
     definitions["Evaluate"]["required"] = []  # the rest may come from defaults
     definitions["Stage"]["oneOf"] = [
         {"required": [key], "properties": {key: {"type": "integer"}}} for key in ("epochs", "steps")

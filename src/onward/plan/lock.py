@@ -32,7 +32,9 @@ class Amendment(BaseModel):
 
 
 class Extension(BaseModel):
-    """`steps` more for a stage (for `epochs` more, where that was asked for), taken on by attempt `attempt`."""
+    """`steps` more for a stage (for `epochs` more, where that was said), taken on by attempt `attempt`: on the command
+    `onward extend`, or by the stage's gate.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     attempt: int
@@ -40,6 +42,7 @@ class Extension(BaseModel):
     steps: Annotated[int, Field(ge=1)]
     epochs: int | None = None
     schedule: Literal["rewarm", "constant", "continue"]
+    by: Literal["command", "gate"] = "command"
 
 
 class Declared(BaseModel):

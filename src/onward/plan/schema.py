@@ -18,6 +18,8 @@ from pydantic import (
     model_validator,
 )
 
+from onward.plan.gate import Condition, parse_condition, parse_length
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -160,6 +162,38 @@ class Evaluate(Strict):
     max_new_tokens: Count = Field(64, description="the longest answer that is generated")
 
 
+class Otherwise(Strict):
+    """What becomes of a stage that does not pass its gate: more steps, and its output is measured again; or the end."""
+
+    extend: str | None = Field(None, description="how much longer: `1 epoch`, `200 steps`; without it the run stops")
+    schedule: Literal["rewarm", "constant", "continue"] = Field("rewarm", description="as for onward extend")
+    at_most: Count = Field(1, description="so many extensions; then the run stops")
+
+    @model_validator(mode="after")
+    def _a_length(self) -> Otherwise:
+        if self.extend is not None:
+            parse_length(self.extend)
+        return self
+
+
+class Gate(Strict):
+    """What a stage's output must reach before the next stage begins."""
+
+    require: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="a condition on a metric of evaluate, or a list of them: `exact_match >= 0.8`"
+    )
+    otherwise: Otherwise = Otherwise()
+
+    @property
+    def conditions(self) -> list[Condition]:
+        return [parse_condition(text) for text in ([self.require] if isinstance(self.require, str) else self.require)]
+
+    @model_validator(mode="after")
+    def _conditions(self) -> Gate:
+        assert self.conditions
+        return self
+
+
 class EarlyStopping(Strict):
     """Ends a stage when the first metric of evaluate no longer improves; counted as in transformers."""
 
@@ -223,6 +257,7 @@ class Shared(Strict):
     schedule: Schedule = Schedule()
     evaluate: Evaluate | None = None
     early_stopping: EarlyStopping | None = None
+    gate: Gate | None = None
     output: Output = Output()
 
 
@@ -247,6 +282,21 @@ class Stage(Shared):
     def _evaluations_to_stop_by(self) -> Stage:
         if self.early_stopping and not (self.evaluate and self.evaluate.every):
             raise ValueError("early_stopping needs evaluate.every: without it nothing is measured on the way")
+        return self
+
+    @model_validator(mode="after")
+    def _numbers_for_the_gate(self) -> Stage:
+        if not self.gate:
+            return self
+        metrics = self.evaluate.metrics if self.evaluate else ()
+        for condition in self.gate.conditions:
+            if condition.metric not in metrics:
+                there = f"evaluate.metrics has {', '.join(metrics)}" if metrics else "the stage has no evaluate"
+                raise ValueError(f"gate requires {condition}, but {there}")
+        if self.gate.otherwise.extend:
+            unit, _ = parse_length(self.gate.otherwise.extend)
+            if unit == "epochs" and self.epochs is None:
+                raise ValueError("the gate extends by epochs, but the stage's length is in steps")
         return self
 
 

@@ -190,9 +190,10 @@ def _branch(
 def conditions(lock: Lock) -> str:
     """A digest of everything that decides a step's bits: two attempts with the same must give the same rows.
 
-    Where files lie does not count, nor what comes behind a step that is trained: cadences of saving and extensions.
+    Where files lie does not count, nor what comes behind a step that is trained: cadences of saving, extensions, gates.
     """
     plan = {key: value for key, value in _without_paths(lock.plan).items() if key not in ("checkpoint", "model")}
+    plan["stages"] = [{key: value for key, value in stage.items() if key != "gate"} for stage in plan["stages"]]
     return digest_bytes(canonical_json([plan, lock.environment, lock.fingerprints, lock.measured, lock.date]))
 
 

@@ -76,7 +76,15 @@ def extend(
 
 
 def extend_stage(
-    run: RunDirectory, lock: Lock, stage: str, *, epochs: int | None, steps: int | None, schedule: How, attempt: int
+    run: RunDirectory,
+    lock: Lock,
+    stage: str,
+    *,
+    epochs: int | None,
+    steps: int | None,
+    schedule: How,
+    attempt: int,
+    by: Literal["command", "gate"] = "command",
 ) -> Lock:
     """The lock with the extension, written; `attempt` is the one that takes it on. For the process that holds the run.
 
@@ -91,8 +99,8 @@ def extend_stage(
             raise PlanError(f"the length of stage {stage} is in steps: say --steps +N", where="command line: --epochs")
         steps = epochs * (before.ends[0] // plan.epochs)
     assert steps is not None
-    _require_rate(plan, before, schedule)
-    extension = Extension(attempt=attempt, stage=stage, steps=steps, epochs=epochs, schedule=schedule)
+    require_rate(plan, before, schedule)
+    extension = Extension(attempt=attempt, stage=stage, steps=steps, epochs=epochs, schedule=schedule, by=by)
     lock = lock.model_copy(update={"extensions": [*lock.extensions, extension]})
     write_lock(run.lock, lock)
     write_event(run.journal, "extended", **extension.model_dump(mode="json"))
@@ -140,7 +148,7 @@ def _require_extensible(run: RunDirectory, lock: Lock, stage: str) -> None:
         )
 
 
-def _require_rate(plan: Stage, before: Horizon, schedule: How) -> None:
+def require_rate(plan: Stage, before: Horizon, schedule: How) -> None:
     """Refused where the schedule has nothing to go on with: training at a learning rate of 0 changes nothing."""
     last = before.total
     if schedule == "continue" and before.factor(last + 1) == 0:

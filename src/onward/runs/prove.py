@@ -204,6 +204,8 @@ def _length(stage: Stage, mix: Mix, steps: int) -> Length:
             overrides.append(f"{key}.evaluate.every={SAVE_EVERY}")
     if stage.early_stopping:  # it counts, and does not stop
         overrides.append(f"{key}.early_stopping.patience={epochs * per_epoch}")
+    if stage.gate:  # a few steps reach nothing
+        overrides.append(f"{key}.gate=null")
     return Length(stage.name, epochs * per_epoch, per_epoch, tuple(overrides))
 
 

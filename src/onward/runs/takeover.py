@@ -197,7 +197,7 @@ def _write_journal(
         tell(**event)
     for extension in lock.extensions:
         tell("extended", **extension.model_dump(mode="json"))
-    for kind in ("committed", "ended_early", "output"):
+    for kind in ("committed", "ended_early", "output", "baseline", "measured", "gate"):
         for event in _last_of_each(behind, kind):
             tell(**event)
     for manifest in taken:

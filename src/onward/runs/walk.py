@@ -20,10 +20,12 @@ from onward.runs.account import account
 from onward.runs.begin import begin, conditions, go_on, judge_changes, new_lock, open_lock, record
 from onward.runs.directory import RunDirectory
 from onward.runs.environment import environment, set_switches
+from onward.runs.gates import require_possible, settle
 from onward.runs.hold import hold
 from onward.runs.inputs import Content, content_of, prepare_inputs
 from onward.runs.journal import ended_early, write_event
 from onward.runs.journal import is_finished as told_finished
+from onward.runs.measured import measure_baseline
 from onward.runs.outputs import Start, start_of
 from onward.runs.resolve import Resolved, resolve
 from onward.runs.session import Session, View
@@ -80,6 +82,7 @@ def run_plan(
         today = lock.date if lock else date.today().isoformat()
         device = set_switches(loaded.plan)
         inputs = prepare_inputs(resolved, today, view.note, lock)
+        require_possible(resolved, inputs)
         content = content_of(resolved, inputs)
         measured = micro_batches(resolved, lock)
         if lock and told:
@@ -153,17 +156,22 @@ def _walk(session: Session, place: Place, until: str | None, reasons: list[str])
     """Stage after stage: one that has handed on its output is done, any other is trained to its end and hands on."""
     names = session.resolved.names
     told: list[dict[str, Any]] = []
+    found: Place | None = place
     for number, name in enumerate(names):
         output, trained = session.directory.output(names, name), 0
-        if not _is_done(session, name):
-            session.stop_if_asked()
-            place = place if number == place.number else _place(session)
-            trained = _stage(session, place)
+        is_settled = False
+        while not is_settled:
+            if not _is_done(session, name):
+                session.stop_if_asked()
+                found = found if found and number == found.number else _place(session)
+                trained += _stage(session, found)
+                found = None
+            is_settled = settle(session, number)
         steps = session.inputs[name].total_steps
         told.append({"stage": name, "steps": steps, "steps_trained": trained, "output": str(output)})
         if name == until:
             break
-    final = place.start if place.number == len(told) else _start(session, len(told))
+    final = found.start if found and found.number == len(told) else _start(session, len(told))
     is_finished = len(told) == len(names)
     if is_finished and not told_finished(session.events()):
         write_event(session.directory.journal, "finished", attempt=session.attempt)
@@ -187,6 +195,8 @@ def _stage(session: Session, place: Place) -> int:
     output = session.directory.output(session.resolved.names, name)
     if belongs_to(output, session.lock.run_id):  # of before an extension; gone before its last step can be told
         discard(output, session.lock.run_id)
+    measure_baseline(session, number)
+    session.stop_if_asked()
     live = set_up(session, number, start, place.checkpoint)
     done = live.training.progress.step
     session.view.stage(name, number + 1, len(session.resolved.names), steps, done)
