@@ -97,8 +97,8 @@ def _tell(session: Session, stage: Stage, found: Measurements, decision: str, re
         "reason": reason,
         "extensions": extensions_by_gate(session.lock, stage.name),
     }
-    last = next((e for e in reversed(session.events()) if (e["event"], e.get("stage")) == ("gate", stage.name)), {})
-    if any(last.get(key) != value for key, value in event.items()):
+    told = [e for e in session.events() if (e["event"], e.get("stage")) == ("gate", stage.name)]
+    if not told or any(told[-1][key] != value for key, value in event.items()):
         write_event(session.directory.journal, "gate", attempt=session.attempt, **event)
 
 
