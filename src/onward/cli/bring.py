@@ -65,9 +65,14 @@ def _training(arguments: argparse.Namespace) -> int:
 
 
 def _model(arguments: argparse.Namespace) -> int:
+    from onward.foreign.layouts.adapters import import_adapter
     from onward.foreign.layouts.convert import import_model
     from onward.model.shapes import parameter_shapes
 
-    source = Path(arguments.source)
-    show(import_model(source, Path(arguments.out), shapes_of=parameter_shapes), as_json=arguments.json)
+    source, out = Path(arguments.source), Path(arguments.out)
+    if (source / "adapter_config.json").is_file():
+        base = Path(arguments.base) if arguments.base else None
+        show(import_adapter(source, base, out, shapes_of=parameter_shapes), as_json=arguments.json)
+    else:
+        show(import_model(source, out, shapes_of=parameter_shapes), as_json=arguments.json)
     return 0

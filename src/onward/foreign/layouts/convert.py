@@ -103,6 +103,7 @@ def import_model(source: Path, out: Path, *, shapes_of: Shapes) -> ImportReport:
         used = sorted({tensor.file for tensor in tensors.values()} | {source / "config.json"})
         provenance = {
             **report.to_json(),
+            "source_config": config,  # adapters that were made for the original need it
             "source_files": {path.name: cached_digest(path) for path in used},
         }
         write_json(unfinished / PROVENANCE, provenance)
