@@ -32,13 +32,15 @@ def texts(kind: str, count: int, seed: int) -> list[str]:
     return ["".join(chance.choices(CLASSES[kind], k=chance.randint(0, 12))) for _ in range(count)]
 
 
-def lively(model, dtype: str = "float32", seed: int = 1):
-    """Every parameter drawn anew, biases and norms too, so that a wrong place shows; in fp32, values that fit."""
+def lively(model, dtype: str = "float32", scale: float | None = 0.3, seed: int = 1):
+    """Every parameter drawn anew, biases and norms too, so that a wrong place shows; in fp32, values that fit.
+    Without a scale as the class itself begins: a model to train.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        drawn = torch.randn(parameter.shape, generator=generator) * 0.3
+        drawn = parameter.data if scale is None else torch.randn(parameter.shape, generator=generator) * scale
         parameter.data = drawn.to(getattr(torch, dtype)).float()
     return model.eval()
 
@@ -131,11 +133,11 @@ def text_config(**changes):
     return transformers.LlamaConfig(**size | changes)
 
 
-def internlm2(directory: Path, *, dtype="float32", shards=1, pickled=False, prefix=True, **changes):
+def internlm2(directory: Path, *, dtype="float32", shards=1, pickled=False, prefix=True, scale=0.3, **changes):
     """An InternLM2 in `directory`; gives the Llama that it is."""
     import transformers
 
-    native = lively(transformers.LlamaForCausalLM(text_config(**changes)), dtype)
+    native = lively(transformers.LlamaForCausalLM(text_config(**changes)), dtype, scale)
     c = native.config
     tensors = internlm2_tensors(native.state_dict(), c.num_attention_heads, c.num_key_value_heads, "model.")
     if c.tie_word_embeddings:
@@ -175,7 +177,7 @@ def qwen_config(c, **changes) -> dict:
     }  # fmt: skip
 
 
-def qwen(directory: Path, *, dtype="float32", shards=1, pickled=False, quantised=0, theirs=(), **changes):
+def qwen(directory: Path, *, dtype="float32", shards=1, pickled=False, quantised=0, theirs=(), scale=0.3, **changes):
     """A Qwen-7B in `directory`, GPTQ-packed where `quantised` gives the bits; the Qwen2 that it is."""
     import transformers
 
@@ -183,7 +185,7 @@ def qwen(directory: Path, *, dtype="float32", shards=1, pickled=False, quantised
         "vocab_size": 640, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
     }  # fmt: skip
-    native = lively(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**size | changes)), dtype)
+    native = lively(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**size | changes)), dtype, scale)
     config = qwen_config(native.config, **dict(theirs))
     tensors = qwen_tensors(native.state_dict())
     if quantised:
@@ -196,7 +198,7 @@ def qwen(directory: Path, *, dtype="float32", shards=1, pickled=False, quantised
 
 def qwen_vl(
     directory: Path, *, dtype="float32", shards=1, pickled=False, quantised=0, width=32, side=28, queries=16, theirs=(),
-    **changes,
+    scale=0.3, **changes,
 ):  # fmt: skip
     """A first Qwen-VL in `directory`; the model of onward's own class that it is."""
     import transformers
@@ -215,7 +217,7 @@ def qwen_vl(
         "queries": queries,
     }  # fmt: skip
     config = QwenVLConfig(text_config=text, vision_config=vision, image_start_id=start, image_token_id=start + 2)
-    native = lively(QwenVLForConditionalGeneration(config), dtype)
+    native = lively(QwenVLForConditionalGeneration(config), dtype, scale)
     native.model.visual.attn_pool.pos_embed.copy_(sines(queries, text.hidden_size))
     state = native.state_dict()
     tensors = qwen_tensors(
@@ -309,8 +311,9 @@ def _int32(values):
 
 
 def internvl(
-    directory: Path, *, six_b=False, text="internlm2", dtype="float32", shards=1, pickled=False, theirs=(), **changes
-):
+    directory: Path, *, six_b=False, text="internlm2", dtype="float32", shards=1, pickled=False, theirs=(),
+    scale=0.3, **changes,
+):  # fmt: skip
     """An InternVL chat in `directory` with a vision tower of the 300M or 6B kind; the native InternVL that it is."""
     import torch
     import transformers
@@ -338,7 +341,7 @@ def internvl(
         vision_config=vision, text_config=inner, image_token_id=added["<IMG_CONTEXT>"], image_seq_length=4,
         tie_word_embeddings=inner.tie_word_embeddings,
     )  # fmt: skip
-    native = lively(transformers.InternVLForConditionalGeneration(config), dtype)
+    native = lively(transformers.InternVLForConditionalGeneration(config), dtype, scale)
     state = native.state_dict()
     tensors = {}
     tower = "model.vision_tower."

@@ -7,6 +7,7 @@ from pathlib import Path
 from onward.files import read_json
 from onward.foreign.contents import weights_facts
 from onward.foreign.description import Description
+from onward.foreign.layouts import are_foreign
 from onward.foreign.stored import stored_in
 
 CONFIG = "adapter_config.json"
@@ -23,10 +24,12 @@ def recognise(path: Path) -> Description | None:
     entries, problems = stored.tensors, list(stored.problems)
     if not stored.files and not problems:
         problems.append("its weights (adapter_model.safetensors or .bin) are missing: a configuration alone")
+    foreign = are_foreign(entries)
     base = str(config.get("base_model_name_or_path") or "")
     facts = {
         "method": str(config.get("peft_type", "not stated")),
         "base model": base or "not stated",
+        **({"layout": "of a model that is converted: the adapter is converted with it"} if foreign else {}),
         "scale": f"alpha {config.get('lora_alpha')} over rank{' (root: rsLoRA)' if config.get('use_rslora') else ''}",
         **weights_facts(entries),
     }
@@ -39,5 +42,6 @@ def recognise(path: Path) -> Description | None:
         problems=tuple(problems),
         next_command=None
         if problems
-        else f"onward merge {path}{'' if base and Path(base).is_dir() else ' --base BASE'} --out DIR",
+        else f"onward {'import' if foreign else 'merge'} {path}"
+        f"{'' if base and Path(base).is_dir() else ' --base BASE'} --out DIR",
     )

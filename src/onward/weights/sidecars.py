@@ -12,6 +12,7 @@ KINDS = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".bpe", ".vocab", ".p
 TEMPLATES = "additional_chat_templates"
 LEFT = {
     "assembly.json",
+    "onward-import.json",
     "parts.json",
     MANIFEST,
     "adapter_config.json",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from onward.foreign.layouts.internlm2 import INTERNLM2
@@ -11,7 +12,10 @@ from onward.foreign.layouts.layout import Layout
 from onward.foreign.layouts.qwen import QWEN
 from onward.foreign.layouts.qwen_vl import QWEN_VL
 
-__all__ = ["Layout", "layout_of"]
+__all__ = ["Layout", "are_foreign", "layout_of"]
+
+THEIRS = r"\.attention\.wqkv\.|\.feed_forward\.w[123]\.|\.transformer\.h\.\d+\.mlp\.w[12]\.|\.attn\.qkv\."
+"""Layers that only these layouts have."""
 
 
 def layout_of(config: Mapping[str, Any]) -> Layout | None:
@@ -24,3 +28,8 @@ def layout_of(config: Mapping[str, Any]) -> Layout | None:
         case "qwen":
             return QWEN_VL if "visual" in config else QWEN
     return None
+
+
+def are_foreign(adapted: Iterable[str]) -> bool:
+    """Are these names of an adapter's tensors those of a foreign layout's layers?"""
+    return any(re.search(THEIRS, name) for name in adapted)

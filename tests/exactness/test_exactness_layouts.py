@@ -1,0 +1,120 @@
+"""Models that were imported from foreign layouts, trained: killed in each stage and bit for bit the same, merged and
+opened again; and the first Qwen-VL learns from what it sees.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from harness import KILLED, Killer, assert_identical, in_child, start
+
+PLAN = """
+model: {kind}
+seed: 5
+engine: {{threads: 1}}
+defaults: {{batch_size: 5, micro_batch_size: 2, learning_rate: {rate}, max_length: 512}}
+stages:
+  - {{name: first, train: {{{first}}}, data: {data}, {more}}}
+  - {{name: second, train: {{{second}}}, data: {data}, steps: 3, schedule: {{name: linear, warmup_steps: 1}}}}
+checkpoint: {{every: 2}}
+"""
+LORA = "{mode: lora, rank: 4, dropout: 0.1}"
+TEXT = {"first": "language_model: {mode: full}", "second": f"language_model: {LORA}", "data": "text.jsonl"}
+SEEING = {
+    "first": f"language_model: {LORA}, projector: {{mode: full}}, vision_tower: {LORA}",
+    "second": f"language_model: {LORA}, projector: {LORA}, vision_tower: {{mode: frozen}}",
+    "data": "colours.jsonl",
+}
+VARIANTS = {"internlm2": TEXT, "qwen": TEXT, "internvl": SEEING, "qwen_vl": SEEING}
+
+
+@pytest.fixture(scope="module")
+def models(place: Path) -> Path:
+    """Each layout, imported, with text and colours beside."""
+
+    def build() -> None:
+        import legacy_models
+        import tiny
+        import torch
+
+        from onward.foreign.layouts.convert import import_model
+        from onward.model.shapes import parameter_shapes
+
+        for kind in VARIANTS:
+            torch.manual_seed(0)
+            getattr(legacy_models, kind)(place / "theirs" / kind, scale=None)
+            import_model(place / "theirs" / kind, place / kind, shapes_of=parameter_shapes)
+        tiny.colour_data(place / "many-colours.jsonl", rows=48)
+
+    assert in_child(build) == 0
+    return place
+
+
+def write_plan(models: Path, name: str, **values: str) -> Path:
+    plan = models / f"layouts-{name}.yaml"
+    plan.write_text(PLAN.format(**{"rate": "1e-3", "more": "steps: 4", **values}))
+    return plan
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ("qwen", "qwen_vl") else pytest.param(kind, marks=pytest.mark.whole) for kind in VARIANTS]
+)
+def test_killed_in_each_stage_and_opened_again(models: Path, tmp_path: Path, kind: str) -> None:
+    plan = write_plan(models, kind, kind=kind, **VARIANTS[kind])
+    assert start(plan, tmp_path / "whole") == 0
+    run = tmp_path / "run"
+    assert start(plan, run, view=Killer(("first", 3))) == KILLED
+    assert start(plan, run, view=Killer(("second", 2))) == KILLED
+    assert start(plan, run) == 0
+    assert_identical(tmp_path / "whole", run)
+    assert in_child(lambda: opened(models / kind, run / "stages/2-second/output")) == 0
+
+
+def opened(base: Path, output: Path) -> None:
+    """Whole, with what lies beside the base, other than the base, and it answers with and without an image."""
+    import torch
+    from onward.evaluate.command import evaluate_model
+
+    from onward.model.load import load_model
+
+    before = dict(load_model(base, precision="fp32", device="cpu").model.named_parameters())
+    after = load_model(output, precision="fp32", device="cpu").model.named_parameters()
+    assert any(not torch.equal(before[name], parameter) for name, parameter in after)
+    names = {path.name for path in base.iterdir()} - {"model.safetensors", "onward-import.json"}
+    assert all((base / name).read_bytes() == (output / name).read_bytes() for name in names)
+    for data in ("text.jsonl", "colours.jsonl") if base.name in ("internvl", "qwen_vl") else ("text.jsonl",):
+        evaluate_model(output, [base.parent / data], ["loss", "exact_match"], limit=3, max_new_tokens=2)
+
+
+def test_the_first_qwen_vl_learns_from_what_it_sees(models: Path, tmp_path: Path) -> None:
+    """Four colours: who does not see the image cannot do better than ln 4 = 1.39 an answer."""
+    every = "language_model: {mode: full}, projector: {mode: full}, vision_tower: {mode: full}"
+    more = "steps: 60, batch_size: 8, micro_batch_size: 8, schedule: {name: constant}"
+    values = {**SEEING, "first": every, "data": "many-colours.jsonl", "more": more, "rate": "2e-3"}
+    plan = write_plan(models, "learns", kind="qwen_vl", **values)
+    assert start(plan, tmp_path / "run", "checkpoint.every=1000") == 0
+    blind = tmp_path / "blind.jsonl"
+    rows = [json.loads(line) for line in (models / "colours.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["messages"][0]["content"] = [part for part in row["messages"][0]["content"] if part["type"] == "text"]
+    blind.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def measure() -> None:
+        from onward.evaluate.command import evaluate_model
+        from transformers import AutoTokenizer
+
+        output = tmp_path / "run/stages/2-second/output"
+        seen, unseen = (
+            evaluate_model(output, [data], ["loss", "exact_match"], limit=None, max_new_tokens=8)
+            for data in (models / "colours.jsonl", blind)
+        )
+        words = AutoTokenizer.from_pretrained(output)
+        lengths = [len(words(row["messages"][1]["content"])["input_ids"]) + 1 for row in rows]  # and the turn's end
+        tokens = sum(lengths) / len(lengths)
+        print("per answer:", seen["loss"] * tokens, "without the image:", unseen["loss"] * tokens)
+        assert seen["loss"] * tokens < 0.3 and seen["exact_match"] > 0.8
+        assert unseen["loss"] * tokens > 1.2 and unseen["exact_match"] < 0.6
+
+    assert in_child(measure) == 0
