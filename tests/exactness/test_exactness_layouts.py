@@ -27,7 +27,9 @@ SEEING = {
     "second": f"language_model: {LORA}, projector: {LORA}, vision_tower: {{mode: frozen}}",
     "data": "colours.jsonl",
 }
-VARIANTS = {"internlm2": TEXT, "qwen": TEXT, "internvl": SEEING, "qwen_vl": SEEING}
+QUANTISED = {**SEEING, "first": SEEING["first"].replace("mode: lora", "mode: qlora", 1)}
+VARIANTS = {"internlm2": TEXT, "qwen": TEXT, "internvl": SEEING, "qwen_vl": SEEING, "qwen_vl qlora": QUANTISED}
+IN_CI = ("qwen", "qwen_vl")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,7 @@ def models(place: Path) -> Path:
         from onward.foreign.layouts.convert import import_model
         from onward.model.shapes import parameter_shapes
 
-        for kind in VARIANTS:
+        for kind in ("internlm2", "qwen", "internvl", "qwen_vl"):
             torch.manual_seed(0)
             getattr(legacy_models, kind)(place / "theirs" / kind, scale=None)
             import_model(place / "theirs" / kind, place / kind, shapes_of=parameter_shapes)
@@ -59,10 +61,11 @@ def write_plan(models: Path, name: str, **values: str) -> Path:
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind in ("qwen", "qwen_vl") else pytest.param(kind, marks=pytest.mark.whole) for kind in VARIANTS]
+    "variant", [name if name in IN_CI else pytest.param(name, marks=pytest.mark.whole) for name in VARIANTS]
 )
-def test_killed_in_each_stage_and_opened_again(models: Path, tmp_path: Path, kind: str) -> None:
-    plan = write_plan(models, kind, kind=kind, **VARIANTS[kind])
+def test_killed_in_each_stage_and_opened_again(models: Path, tmp_path: Path, variant: str) -> None:
+    kind = variant.split()[0]
+    plan = write_plan(models, variant.replace(" ", "-"), kind=kind, **VARIANTS[variant])
     assert start(plan, tmp_path / "whole") == 0
     run = tmp_path / "run"
     assert start(plan, run, view=Killer(("first", 3))) == KILLED
@@ -75,9 +78,9 @@ def test_killed_in_each_stage_and_opened_again(models: Path, tmp_path: Path, kin
 def opened(base: Path, output: Path) -> None:
     """Whole, with what lies beside the base, other than the base, and it answers with and without an image."""
     import torch
-    from onward.evaluate.command import evaluate_model
 
     from onward.model.load import load_model
+    from onward.runs.evaluate import evaluate
 
     before = dict(load_model(base, precision="fp32", device="cpu").model.named_parameters())
     after = load_model(output, precision="fp32", device="cpu").model.named_parameters()
@@ -85,7 +88,7 @@ def opened(base: Path, output: Path) -> None:
     names = {path.name for path in base.iterdir()} - {"model.safetensors", "onward-import.json"}
     assert all((base / name).read_bytes() == (output / name).read_bytes() for name in names)
     for data in ("text.jsonl", "colours.jsonl") if base.name in ("internvl", "qwen_vl") else ("text.jsonl",):
-        evaluate_model(output, [base.parent / data], ["loss", "exact_match"], limit=3, max_new_tokens=2)
+        evaluate(str(output), [base.parent / data], ["loss", "exact_match"], limit=3, max_new_tokens=2)
 
 
 def test_the_first_qwen_vl_learns_from_what_it_sees(models: Path, tmp_path: Path) -> None:
@@ -102,12 +105,13 @@ def test_the_first_qwen_vl_learns_from_what_it_sees(models: Path, tmp_path: Path
     blind.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def measure() -> None:
-        from onward.evaluate.command import evaluate_model
         from transformers import AutoTokenizer
+
+        from onward.runs.evaluate import evaluate
 
         output = tmp_path / "run/stages/2-second/output"
         seen, unseen = (
-            evaluate_model(output, [data], ["loss", "exact_match"], limit=None, max_new_tokens=8)
+            evaluate(str(output), [data], ["loss", "exact_match"], max_new_tokens=8).metrics
             for data in (models / "colours.jsonl", blind)
         )
         words = AutoTokenizer.from_pretrained(output)

@@ -13,13 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from samples import SAMPLES, needs_samples
 
+from onward.cli.main import main
 from onward.errors import OnwardError
 from onward.foreign.layouts.adapters import import_adapter
 from onward.foreign.layouts.convert import import_model
 from onward.model.families import find_family
 from onward.model.load import load_model
 from onward.model.shapes import parameter_shapes
-from onward.weights.merge import merge_adapter
+from onward.runs.inspect import inspect
+from onward.weights.merge import merge_adapters
 
 BOUND = 3e-5
 CONFIG = {
@@ -35,7 +37,7 @@ def convert(source: Path, out: Path) -> Path:
 
 
 def merged(adapter: Path, base: Path | None, out: Path):
-    merge_adapter(adapter, base, out, to_canonical_for=lambda config: find_family(config, "base").to_canonical)
+    merge_adapters([adapter], base, out, to_canonical_for=lambda config: find_family(config, "base").to_canonical)
     return load_model(out, precision="fp32", device="cpu").model.eval()
 
 
@@ -211,7 +213,24 @@ def test_an_adapter_needs_the_base_that_it_was_made_for(tmp_path: Path) -> None:
     legacy.internlm2(tmp_path / "theirs")
     legacy.internlm2(tmp_path / "wider", hidden_size=96)
     adapter_for(tmp_path / "theirs", ("wqkv",), tmp_path / "adapter", base_model_name_or_path="internlm/elsewhere")
+    assert inspect(tmp_path / "adapter").next_command == f"onward import {tmp_path / 'adapter'} --base BASE --out DIR"
     with pytest.raises(OnwardError, match="internlm/elsewhere"):
         import_adapter(tmp_path / "adapter", None, tmp_path / "new", shapes_of=parameter_shapes)
     with pytest.raises(OnwardError, match="does not fit"):
         import_adapter(tmp_path / "adapter", tmp_path / "wider", tmp_path / "new", shapes_of=parameter_shapes)
+
+
+def test_the_command_takes_models_and_their_adapters(tmp_path: Path, capsys) -> None:
+    legacy.qwen(tmp_path / "theirs")
+    adapter_for(
+        tmp_path / "theirs", ("c_attn",), tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "theirs")
+    )
+    assert main(["import", str(tmp_path / "theirs"), "--out", str(tmp_path / "model")]) == 0
+    assert "exact up to 64 tokens" in capsys.readouterr().out
+    assert main(["import", str(tmp_path / "adapter"), "--out", str(tmp_path / "new"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["layers"], len(told["split"]), told["layout"]) == (6, 6, "Qwen")
+    again = ["import", str(tmp_path / "theirs"), "--out", str(tmp_path / "model")]
+    assert main(again) == 1 and "not empty" in capsys.readouterr().err
+    assert main(["merge", str(tmp_path / "new"), "--base", str(tmp_path / "theirs"), "--out", str(tmp_path / "x")]) == 1
+    assert "onward import" in capsys.readouterr().err

@@ -225,7 +225,9 @@ def load_encoder(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text at a time; and processes are forked later
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # it warns of model types that it does not know: onward has one of its own
     where = str(model_dir)
     options = Options(max_length, overlong, loss_on, images or ImageLimits())
     try:

@@ -60,6 +60,7 @@ def open_model_directory(directory: Path) -> ModelDirectory:
     if not (directory / "config.json").is_file():
         raise PlanError("not a model directory: config.json is missing", where=str(directory))
     config = read_json(directory / "config.json")
+    family = find_family(config, str(directory / "config.json"))  # a layout to convert may be quantised as well
     if how := config.get("quantization_config"):
         raise InputError(
             f"its weights are quantised already ({how.get('quant_method') if isinstance(how, dict) else how}): what "
@@ -67,7 +68,6 @@ def open_model_directory(directory: Path) -> ModelDirectory:
             where=str(directory / "config.json"),
             hint="give the original model; mode: qlora quantises its layers while they are loaded",
         )
-    family = find_family(config, str(directory / "config.json"))
     shards = model_shards(directory)
     entries = {name: entry for shard in shards for name, entry in shard.entries.items()}
     disk_names = family.canonical_names(entries, str(directory))

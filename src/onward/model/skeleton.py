@@ -12,6 +12,7 @@ from onward.errors import DamageError
 from onward.model.directory import ModelDirectory
 from onward.model.quantised import QuantisedLinear
 from onward.weights.quantised import Quantisation
+from onward.weights.shards import model_shards
 
 
 def empty_model(opened: ModelDirectory) -> Any:
@@ -19,19 +20,21 @@ def empty_model(opened: ModelDirectory) -> Any:
     import transformers
     from accelerate import init_empty_weights
 
+    auto_class = opened.family.load_class()
     config = transformers.AutoConfig.from_pretrained(opened.path, local_files_only=True, trust_remote_code=False)
     with init_empty_weights(include_buffers=False):
-        model = opened.family.load_class().from_config(config, dtype=torch.float32, trust_remote_code=False)
+        model = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
     return model
 
 
 def fill(model: Any, opened: ModelDirectory, quantised: Mapping[str, Quantisation], dtype: torch.dtype) -> None:
     """Give an empty model its values, in `dtype`; the layers of `quantised` are packed as their weights come.
 
-    DamageError for a tensor of another shape than the model's.
+    DamageError for a tensor of another shape than the model's, and for a constant that is missing.
     """
     import transformers
 
+    _fill_constants(model, opened, dtype)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     for name, entry in opened.parameters().items():
         if name not in shapes:
@@ -50,3 +53,17 @@ def fill(model: Any, opened: ModelDirectory, quantised: Mapping[str, Quantisatio
     if model.can_generate() and (opened.path / "generation_config.json").exists():
         model.generation_config = transformers.GenerationConfig.from_pretrained(opened.path, local_files_only=True)
     model.eval()
+
+
+def _fill_constants(model: Any, opened: ModelDirectory, dtype: torch.dtype) -> None:
+    """Buffers that files hold: they are no parameters, but the model is another without them."""
+    kept = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    for shard in model_shards(opened.path) if buffers else ():
+        for entry in shard.entries.values():
+            if (buffer := buffers.pop(opened.family.to_canonical(entry.name), None)) is not None:
+                if buffer.shape != entry.shape:
+                    raise DamageError(f"is {entry.shape}, not {tuple(buffer.shape)}", where=f"tensor {entry.name}")
+                buffer.copy_(read_tensor(shard.path, entry).to(dtype))
+    if buffers:
+        raise DamageError(f"tensor {min(buffers)} is missing", where=str(opened.path))

@@ -96,7 +96,7 @@ def changes_of(adapter: Adapter) -> Changes:
     """Every tensor of an adapter given its part. InputError for a kind of adapter that is not plain LoRA (named), and
     for a tensor that has no part or lacks its twin.
     """
-    _check_plain(adapter.config)
+    check_plain(adapter.config)
     halves: dict[str, dict[str, str]] = {}
     others: dict[str, str] = {}
     for key in adapter.tensors:
@@ -119,7 +119,8 @@ def changes_of(adapter: Adapter) -> Changes:
     return Changes(added, others, keeps_ties=bool(adapter.config.get("ensure_weight_tying")))
 
 
-def _check_plain(config: Mapping[str, Any]) -> None:
+def check_plain(config: Mapping[str, Any]) -> None:
+    """InputError for a configuration of another method than LoRA, or with options that are not understood."""
     if config.get("peft_type") != "LORA":
         raise InputError(f"peft_type {config.get('peft_type')} cannot be merged, only LORA", where=ADAPTER_CONFIG)
     for key, value in config.items():

@@ -67,7 +67,7 @@ def import_adapter(source: Path, base: Path | None, out: Path, *, shapes_of: Sha
     is not known.
     """
     require_new(out)
-    adapter, specs = any_adapter(source)
+    adapter = any_adapter(source)
     check_plain(adapter.config)
     if adapter.config.get("fan_in_fan_out"):
         raise InputError("fan_in_fan_out: adapters of transposed weights are not converted", where=str(source))
@@ -79,7 +79,7 @@ def import_adapter(source: Path, base: Path | None, out: Path, *, shapes_of: Sha
     pattern: dict[str, tuple[int, float]] = {}
     split: list[str] = []
     whole: list[str] = []
-    for key in specs:
+    for key in adapter.tensors:
         where = f"{source}, tensor {key}"
         name = key.removeprefix(PREFIX)
         if name == key:
