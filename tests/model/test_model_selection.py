@@ -121,3 +121,84 @@ def test_every_layout_of_llava_has_one_canonical_name(disk):
 def test_code_that_comes_with_a_model_is_refused():
     with pytest.raises(Exception, match="never runs such code"):
         find_family({"model_type": "baichuan", "auto_map": {}}, "config.json")
+
+
+TOWER = {
+    **{f"model.vision_tower.layers.{i}.self_attn.q_proj.weight": (8, 8) for i in range(4)},
+    **{f"model.vision_tower.layers.{i}.self_attn.q_proj.bias": (8,) for i in range(4)},
+    "model.vision_tower.embeddings.patch_embedding.weight": (8, 3, 2, 2),
+    "model.vision_tower.pre_layrnorm.weight": (8,),
+    "model.vision_tower.post_layernorm.weight": (8,),
+    "model.multi_modal_projector.linear_1.weight": (16, 8),
+    "model.language_model.embed_tokens.weight": (50, 16),
+    "model.language_model.layers.0.self_attn.q_proj.weight": (16, 16),
+    "model.language_model.layers.1.self_attn.q_proj.weight": (16, 16),
+    "lm_head.weight": (50, 16),
+}
+
+
+def tower(train, **stage):
+    plan = Stage.model_validate({"name": "s", "train": train, "data": [{"path": "x"}], "steps": 1, **stage})
+    linear = {name for name, shape in TOWER.items() if looks_linear(name, shape)}
+    return select(plan, LLAVA, TOWER, linear, tied=False, where={key: f"plan.yaml: {key}" for key in train})
+
+
+def test_layer_decay_counts_from_the_head_down_as_beit_does():
+    selection = tower({"vision_tower": full(layer_decay=0.5, learning_rate=1.0, weight_decay=0.2)})
+    scale = {name: group.learning_rate for group in selection.groups for name in group.parameters}
+    # timm and BeiT: embeddings are layer 0 and blocks 1 to 4 of n = 5; rate · decay^(n - k)
+    assert scale["model.vision_tower.embeddings.patch_embedding.weight"] == 0.5**5
+    assert scale["model.vision_tower.pre_layrnorm.weight"] == 0.5**5
+    assert [scale[f"model.vision_tower.layers.{i}.self_attn.q_proj.weight"] for i in range(4)] == [
+        0.5**4, 0.5**3, 0.5**2, 0.5,
+    ]  # fmt: skip
+    assert scale["model.vision_tower.post_layernorm.weight"] == 1.0
+    by_name = {group.name: group for group in selection.groups}
+    assert list(by_name)[:4] == [
+        "vision_tower.embeddings", "vision_tower.embeddings.no_decay", "vision_tower.layer_0",
+        "vision_tower.layer_0.no_decay",
+    ]  # fmt: skip
+    assert list(by_name)[-1] == "vision_tower.head.no_decay"
+    assert (by_name["vision_tower.layer_3"].weight_decay, by_name["vision_tower.layer_3.no_decay"].weight_decay) == (
+        0.2,
+        0.0,
+    )
+    trained = [name for group in selection.groups for name in group.parameters]
+    assert sorted(trained) == sorted(name for name in TOWER if "vision_tower" in name)
+
+
+def test_a_tower_keeps_its_depth_where_a_pattern_takes_some_layers_and_lora_counts_alike():
+    some = tower({r"vision_tower\.layers\.[01]\.": full(layer_decay=0.5, learning_rate=1.0)})
+    assert {group.learning_rate for group in some.groups} == {0.5**4, 0.5**3}
+    lora = tower({"language_model": {"mode": "lora", "layer_decay": 0.5, "learning_rate": 1.0, "rank": 2}})
+    rates = {group.name: group.learning_rate for group in lora.groups}
+    assert rates == {"language_model.layer_0": 0.25, "language_model.layer_1": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        ({"projector": full(layer_decay=0.9)}, "plan.yaml: projector: has no numbered layers"),
+        ({r"\.layers\.": full(layer_decay=0.9)}, "numbers its layers twice, in model.language_model.layers. and"),
+    ],
+)
+def test_layer_decay_needs_one_tower(train, says):
+    with pytest.raises(PlanError, match=says):
+        tower(train)
+
+
+def test_a_late_module_s_groups_know_when_they_begin():
+    selection = tower({"projector": full(), "vision_tower": full(start_step=7)})
+    assert {(group.key, group.start_step) for group in selection.groups} == {("projector", 0), ("vision_tower", 7)}
+
+
+@pytest.mark.parametrize(
+    ("train", "says"),
+    [
+        ({"projector": full(start_step=1), "lm_head": {"mode": "frozen"}}, "nothing learns at the first step"),
+        ({"projector": full(), "lm_head": {"mode": "frozen", "start_step": 2}}, "start_step: only for what is trained"),
+    ],
+)
+def test_start_steps_that_make_no_sense(train, says):
+    with pytest.raises(ValueError, match=says):
+        tower(train)

@@ -85,7 +85,7 @@ def test_a_mistake_in_defaults_is_said_once_even_when_every_stage_replaces_it(co
         (("epochs: 1", "epochs: 1\n    max_grad_norm: 0"), "plan.yaml:7: stages.sft.max_grad_norm: must be a number above 0 or null, not 0"),
         (("epochs: 1", "epochs: 1\n    optimizer: {betas: [1, 0.9]}"), "plan.yaml:7: stages.sft.optimizer.betas.0: must be a number of at least 0 and below 1, not 1"),
         (("epochs: 1", "epochs: 1\n    optimizer: {betas: 1}"), "plan.yaml:7: stages.sft.optimizer.betas: must be a list of 2 items, not 1"),
-        (("epochs: 1", "epochs: 1\n    optimizer: sgd"), "plan.yaml:7: stages.sft.optimizer: must be adamw, not 'sgd'"),
+        (("epochs: 1", "epochs: 1\n    optimizer: adm"), "plan.yaml:7: stages.sft.optimizer: must be adamw, adamw_8bit, paged_adamw_8bit, sgd, adafactor or lion or module:Class, a torch optimizer of yours, not 'adm'"),
         (("epochs: 1", "epochs: 1\n    evaluate: {every: 3}"), "plan.yaml:7: stages.sft.evaluate.data: missing: must be a list of at least 1, each a mapping with the keys path, format, columns, repeat, augment, fingerprint"),
         (("data: a.jsonl", "data: []"), "plan.yaml:5: stages.sft.data: must be a list of at least 1, each a mapping with the keys path, format, columns, repeat, augment, fingerprint, not []"),
         (("{mode: full}", "{mode: full, rank: 3}"), "plan.yaml:4: stages.sft.train.language_model: rank: only with mode: lora or qlora"),

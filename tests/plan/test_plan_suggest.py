@@ -53,7 +53,7 @@ LEVELS = {
         ("plan", "save_total_limit", "did you mean checkpoint.keep.last?"),
         ("stage", "eval_steps", "did you mean evaluate.every?"),
         ("stage", "bf16", "write precision: bf16"),
-        ("defaults", "fp16", "write precision: bf16 or fp32"),
+        ("defaults", "fp16", "write precision: fp16"),
         ("stage", "weight_decay", "belongs in optimizer or in a module under train"),
         ("plan", "paramwise_cfg", "learning_rate_scale under train"),
         ("plan", "freeze_llm", "what is not under train is frozen"),

@@ -75,7 +75,8 @@ class Background:
 
         copies = {}
         for name, tensor in tensors.items():
-            if (part, name) not in self._buffers:
+            buffer = self._buffers.get((part, name))
+            if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
                 self._buffers[part, name] = torch.empty_like(tensor, device="cpu")
             copies[name] = self._buffers[part, name].copy_(tensor)
         return copies

@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from onward.checkpoint.manifest import MANIFEST, Manifest, TensorRecord, read_manifest
 from onward.checkpoint.memory import has_room
-from onward.checkpoint.save import ADAPTER, ADAPTER_CONFIG, PROGRESS, QUANTISATION, WEIGHT, Adapter
+from onward.checkpoint.save import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    OPTIMIZER_VALUES,
+    PROGRESS,
+    QUANTISATION,
+    WEIGHT,
+    Adapter,
+)
 from onward.checkpoint.tensorfile import TensorEntry, read_header, read_tensor, tensor_of, torch_dtype
 from onward.checkpoint.verify import problems_of
 from onward.errors import DamageError, InputError, OnwardError, Refused
@@ -93,6 +101,13 @@ class Checkpoint:
         """The optimizer's state by (parameter, slot)."""
         state = {(t.name, t.slot): t for t in self.manifest.tensors if t.slot not in (WEIGHT, ADAPTER)}
         return self._stored(state)
+
+    def optimizer_values(self) -> dict[str, dict[str, dict[str, Any]]]:
+        """Its state beside tensors: {"parameters": {name: {slot: value}}, "groups": {name: {key: value}}}."""
+        if all(record.path != OPTIMIZER_VALUES for record in self.manifest.files):
+            return {}
+        values: dict[str, dict[str, dict[str, Any]]] = read_json(self.directory / OPTIMIZER_VALUES)
+        return values
 
     @cached_property
     def progress(self) -> dict[str, Any]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 WEIGHT, ADAPTER = "weight", "adapter"
 ADAPTER_CONFIG, ADAPTER_TENSORS, QUANTISATION = "adapter_config.json", "adapter_model.safetensors", "quantisation.json"
 WEIGHTS, OPTIMIZER, PROGRESS = "weights-00000.safetensors", "optimizer-00000.safetensors", "progress.json"
+OPTIMIZER_VALUES = "optimizer.json"
 DAMAGED = ".damaged-"
 
 
@@ -50,7 +51,8 @@ class Snapshot:
     """Everything that is needed to continue exactly. Tensors may be the live ones: saving only reads them.
 
     `weights`: parameters trained in full, by canonical name. `optimizer`: by (parameter, slot), where the parameter is
-    a canonical name or a PEFT key. `progress`: JSON values; so is `environment`.
+    a canonical name or a PEFT key; `optimizer_values`: what it holds beside tensors, as JSON values; so are `progress`
+    and `environment`.
     """
 
     run_id: str
@@ -65,12 +67,13 @@ class Snapshot:
     optimizer_name: str
     progress: Mapping[str, Any]
     environment: Mapping[str, Any] = field(default_factory=dict)
+    optimizer_values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def snapshot_bytes(snapshot: Snapshot) -> int:
     """What the checkpoint will take on disk, at most: tensors, their headers and records, JSON."""
     tensors = [*snapshot.weights.values(), *snapshot.optimizer.values()]
-    values = [snapshot.progress, snapshot.environment]
+    values = [snapshot.progress, snapshot.environment, snapshot.optimizer_values]
     if snapshot.adapter is not None:
         tensors += snapshot.adapter.tensors.values()
         values += [snapshot.adapter.config, snapshot.adapter.quantisation]
@@ -168,6 +171,8 @@ def _write(snapshot: Snapshot, partial: Path) -> Manifest:
         keys = {(name, slot): f"{name}/{slot}" for name, slot in sorted(snapshot.optimizer)}
         state = {key: snapshot.optimizer[place] for place, key in keys.items()}
         files.append(put(OPTIMIZER, keys, state))
+    if any(snapshot.optimizer_values.values()):
+        files.append(write_file(partial / OPTIMIZER_VALUES, _json(snapshot.optimizer_values)))
     return Manifest(
         kind="checkpoint",
         run_id=snapshot.run_id,

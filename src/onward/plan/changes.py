@@ -63,6 +63,8 @@ TABLE: dict[str, tuple[Kind, Tier]] = {
     "stages.*.train.*.learning_rate": ("acceptable", "declared"),
     "stages.*.train.*.learning_rate_scale": ("acceptable", "declared"),
     "stages.*.train.*.weight_decay": ("acceptable", "declared"),
+    "stages.*.train.*.layer_decay": ("acceptable", "declared"),
+    "stages.*.train.*.start_step": ("acceptable", "declared"),
     "stages.*.train.*.rank": BREAKING,
     "stages.*.train.*.alpha": BREAKING,
     "stages.*.train.*.dropout": ("acceptable", "declared"),
@@ -88,6 +90,8 @@ TABLE: dict[str, tuple[Kind, Tier]] = {
     "stages.*.batch_size": BREAKING,
     "stages.*.micro_batch_size": ("free", "state-exact"),
     "stages.*.precision": BREAKING,
+    "stages.*.gradient_checkpointing": ("free", "state-exact"),
+    "stages.*.attention": ("free", "state-exact"),
     "stages.*.max_length": BREAKING,
     "stages.*.overlong": BREAKING,
     "stages.*.on_bad_sample": ("acceptable", "declared"),
@@ -104,10 +108,18 @@ TABLE: dict[str, tuple[Kind, Tier]] = {
     "stages.*.optimizer.weight_decay": ("acceptable", "declared"),
     "stages.*.optimizer.betas": BREAKING,
     "stages.*.optimizer.eps": BREAKING,
+    "stages.*.optimizer.momentum": BREAKING,
+    "stages.*.optimizer.nesterov": BREAKING,
+    "stages.*.optimizer.options": BREAKING,
     "stages.*.max_grad_norm": ("acceptable", "declared"),
     "stages.*.schedule.name": BREAKING,
     "stages.*.schedule.warmup_ratio": BREAKING,
     "stages.*.schedule.warmup_steps": BREAKING,
+    "stages.*.schedule.min_lr_ratio": BREAKING,
+    "stages.*.schedule.min_learning_rate": BREAKING,
+    "stages.*.schedule.decay_ratio": BREAKING,
+    "stages.*.schedule.decay_steps": BREAKING,
+    "stages.*.schedule.decay_shape": BREAKING,
     "stages.*.evaluate": ("acceptable", "declared"),
     "stages.*.evaluate.data": ("acceptable", "declared"),
     "stages.*.evaluate.data.*.path": ("free", "bitwise"),
@@ -205,7 +217,7 @@ def cost(change: Change) -> Cost:
     match change.key.split("."):
         case ["content", "data" | "encoding", _]:
             return "place"
-        case ["content", "evaluation", _]:
+        case ["content", "evaluation" | "optimizer", _]:
             return "nothing"
         case ["content", *_] | ["stages"]:
             return "everything"
@@ -231,19 +243,21 @@ def fingerprint_changes(
     old: Mapping[str, Any], new: Mapping[str, Any], begun: Collection[str] | None = None
 ) -> list[Change]:
     """Content that is no longer the same: breaking changes `content.model`, `content.data.STAGE`, …; what a stage is
-    only measured on (`content.evaluation.STAGE`) is acceptable.
+    only measured on (`content.evaluation.STAGE`) is acceptable, so is other code of the user's optimizer.
 
     Two levels: a mapping under a name is by stage. With `begun`, other stages' content is `forward`.
     """
     changes = []
     for name in sorted(old.keys() | new.keys()):
         before, after = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
+        if isinstance(before, dict) or isinstance(after, dict):
+            before, after = before or {}, after or {}
             for stage in sorted(before.keys() | after.keys()):
                 if before.get(stage) != after.get(stage):
                     is_ahead = begun is not None and stage not in begun
-                    measured: tuple[Kind, Tier] = ("acceptable", "declared")
-                    kind, holds = FORWARD if is_ahead else measured if name == "evaluation" else BREAKING
+                    declared: tuple[Kind, Tier] = ("acceptable", "declared")
+                    is_declared = name in ("evaluation", "optimizer")
+                    kind, holds = FORWARD if is_ahead else declared if is_declared else BREAKING
                     key = f"content.{name}.{stage}"
                     changes.append(Change(key, before.get(stage), after.get(stage), kind, stage, holds))
         elif before != after:
@@ -373,11 +387,17 @@ def _plan_change(key: tuple[str, ...], before: Any, after: Any, stage: str | Non
 
 
 def meaning(key: Sequence[str]) -> tuple[Kind, Tier]:
-    """The table's row for a key, given part by part: a module's name may hold dots."""
-    for pattern, row in TABLE.items():
-        parts = pattern.split(".")
-        if len(parts) == len(key) and all(part in ("*", name) for part, name in zip(parts, key, strict=True)):
-            return row
+    """The table's row for a key, given part by part: a module's name may hold dots.
+
+    What stands below a row's value (an option of the user's optimizer) has that row.
+    """
+    for length in range(len(key), 0, -1):
+        for pattern, row in TABLE.items():
+            parts = pattern.split(".")
+            if len(parts) == length and all(
+                part in ("*", name) for part, name in zip(parts, key[:length], strict=True)
+            ):
+                return row
     raise KeyError(".".join(key))
 
 

@@ -19,7 +19,14 @@ SHORTHANDS = {"schedule": "name", "optimizer": "name", "output": "form", "gate":
 ALTERNATIVES = {
     "warmup_ratio": "warmup_steps",
     "warmup_steps": "warmup_ratio",
+    "min_lr_ratio": "min_learning_rate",
+    "min_learning_rate": "min_lr_ratio",
+    "decay_ratio": "decay_steps",
+    "decay_steps": "decay_ratio",
 }  # a stage that gives one does not want the other from defaults
+
+# What an optimizer or a schedule of another name than defaults' takes from defaults; all else belongs to the name.
+SHARED_BY_ALL = {"optimizer": ("adamw", {"weight_decay"}), "schedule": ("cosine", {"warmup_ratio", "warmup_steps"})}
 
 
 @dataclass
@@ -117,7 +124,11 @@ class Draft:
 
     def _inherit(self, default: dict[str, Any], own: dict[str, Any], base: Key, at: Key) -> dict[str, Any]:
         merged = dict(own)
+        usual, shared = SHARED_BY_ALL.get(str(base[-1]), (None, set[str]()))
+        is_other = usual is not None and own.get("name") not in (None, default.get("name", usual))
         for key, value in default.items():
+            if is_other and key not in shared:
+                continue
             if isinstance(value, dict) and isinstance(own.get(key), dict):
                 merged[key] = self._inherit(value, own[key], (*base, key), (*at, key))
             elif key not in own and own.get(ALTERNATIVES.get(key, "")) is None:

@@ -27,8 +27,20 @@ Count = Annotated[int, Field(ge=1)]
 Bits = Literal[4, 8]
 LORA_KEYS = ("rank", "alpha", "dropout", "targets", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
 QUANTISED_KEYS = ("quant_type", "double_quant")
-
-
+GROUP_KEYS = ("layer_decay", "start_step")
+OWN_CLASS = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"  # module:Class, of the user's
+OPTIMIZER_KEYS: dict[str, tuple[str, ...]] = {
+    "adamw": ("betas", "eps"),
+    "adamw_8bit": ("betas", "eps"),
+    "paged_adamw_8bit": ("betas", "eps"),
+    "sgd": ("momentum", "nesterov"),
+    "adafactor": (),
+    "lion": ("betas",),
+}
+SCHEDULE_KEYS: dict[str, tuple[str, ...]] = {
+    "cosine_with_min_lr": ("min_lr_ratio", "min_learning_rate"),
+    "warmup_stable_decay": ("min_lr_ratio", "min_learning_rate", "decay_ratio", "decay_steps", "decay_shape"),
+}
 TARGET_METRICS = ("loss", "perplexity", "token_accuracy")
 ANSWER_METRICS = ("exact_match", "contains", "f1", "anls")
 Metric = Annotated[
@@ -53,6 +65,12 @@ class Train(Strict):
     learning_rate: NotNegative | None = Field(None, description="instead of the stage's")
     learning_rate_scale: NotNegative | None = Field(None, description="times the stage's learning_rate")
     weight_decay: NotNegative | None = Field(None, description="instead of the optimizer's")
+    layer_decay: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="layer k of n learns at the rate times layer_decay^(n-k): embeddings lowest, the head highest"
+    )
+    start_step: Annotated[int, Field(ge=0)] = Field(
+        0, description="frozen for so many steps; then it begins with a schedule of its own over the rest of the stage"
+    )
     rank: Count = Field(16, description="LoRA: rank")
     alpha: Positive | None = Field(None, description="LoRA: scale is alpha / rank; default twice the rank")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="LoRA: dropout before A")
@@ -75,6 +93,8 @@ class Train(Strict):
     def _one_rate(self) -> Train:
         if self.learning_rate is not None and self.learning_rate_scale is not None:
             raise ValueError("give learning_rate or learning_rate_scale, not both")
+        if self.mode == "frozen" and (given := [key for key in GROUP_KEYS if key in self.model_fields_set]):
+            raise ValueError(f"{', '.join(given)}: only for what is trained")
         if not self.has_adapters and (given := [key for key in LORA_KEYS if key in self.model_fields_set]):
             raise ValueError(f"{', '.join(given)}: only with mode: lora or qlora")
         return self
@@ -128,25 +148,80 @@ class Source(Strict):
 
 
 class Optimizer(Strict):
-    """AdamW, after Loshchilov & Hutter (2019); `weight_decay` spares norms and biases."""
+    """What moves the weights; docs/training.md names each one's source."""
 
-    name: Literal["adamw"] = "adamw"
+    name: (
+        Literal["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "lion"]
+        | Annotated[str, Field(pattern=OWN_CLASS, description="module:Class, a torch optimizer of yours")]
+    ) = Field("adamw", description="or module:Class, a torch optimizer of yours")
     weight_decay: NotNegative = Field(0.01, description="of matrices; norms and biases never decay")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    eps: Positive = 1e-8
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None = Field(
+        None, description="adamw and its kin: 0.9, 0.999 unless given; lion: 0.9, 0.99"
+    )
+    eps: Positive | None = Field(None, description="adamw and its kin: 1e-8 unless given")
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(None, description="sgd: 0 unless given")
+    nesterov: bool | None = Field(None, description="sgd: false unless given")
+    options: dict[str, Any] | None = Field(
+        None, description="module:Class: what it is made with, beside lr and weight_decay"
+    )
+
+    @property
+    def is_own(self) -> bool:
+        """Is it a class of the user's?"""
+        return self.name not in OPTIMIZER_KEYS
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The keys that this optimizer has, beside name and weight_decay."""
+        return ("options",) if self.is_own else OPTIMIZER_KEYS[self.name]
+
+    @model_validator(mode="after")
+    def _keys_that_apply(self) -> Optimizer:
+        has = ("weight_decay", *self.keys)
+        given = [key for key in self.model_fields_set if key not in ("name", *has) and getattr(self, key) is not None]
+        if given:
+            raise ValueError(f"{', '.join(sorted(given))}: {self.name} has no such key; it has {', '.join(has)}")
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs a momentum above 0")
+        if taken := sorted({"lr", "params", "weight_decay"} & (self.options or {}).keys()):
+            raise ValueError(f"options.{taken[0]}: learning_rate and weight_decay have keys of their own")
+        return self
 
 
 class Schedule(Strict):
-    """The learning rate over a stage: a warm-up from zero, then constant, or down to zero at the stage's end."""
+    """The learning rate over a stage: a warm-up, then what the name says, as transformers' get_scheduler has it."""
 
-    name: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    name: Literal["cosine", "cosine_with_min_lr", "linear", "constant", "inverse_sqrt", "warmup_stable_decay"] = (
+        "cosine"
+    )
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="of the stage's steps")
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="cosine_with_min_lr, warmup_stable_decay: what is left at the end, of every learning rate"
+    )
+    min_learning_rate: NotNegative | None = Field(
+        None, description="the same for the stage's learning_rate; others keep their proportion to it"
+    )
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="warmup_stable_decay: the share of the stage's steps that decay; 0.1 unless given"
+    )
+    decay_steps: Count | None = Field(None, description="the same in steps")
+    decay_shape: Literal["cosine", "linear"] | None = Field(
+        None, description="warmup_stable_decay: the shape of the decay; cosine unless given"
+    )
 
     @model_validator(mode="after")
-    def _one_warmup(self) -> Schedule:
-        if self.warmup_ratio is not None and self.warmup_steps is not None:
-            raise ValueError("give warmup_ratio or warmup_steps, not both (null clears one)")
+    def _one_of_each(self) -> Schedule:
+        for one, other in (
+            ("warmup_ratio", "warmup_steps"), ("min_lr_ratio", "min_learning_rate"), ("decay_ratio", "decay_steps"),
+        ):  # fmt: skip
+            if getattr(self, one) is not None and getattr(self, other) is not None:
+                raise ValueError(f"give {one} or {other}, not both (null clears one)")
+        of_some = {key for keys in SCHEDULE_KEYS.values() for key in keys} - set(SCHEDULE_KEYS.get(self.name, ()))
+        if given := sorted(key for key in of_some if getattr(self, key) is not None):
+            raise ValueError(f"{', '.join(given)}: {self.name} has no such key")
+        if self.name == "cosine_with_min_lr" and self.min_lr_ratio is None and self.min_learning_rate is None:
+            raise ValueError("cosine_with_min_lr needs min_lr_ratio or min_learning_rate")
         return self
 
 
@@ -234,8 +309,18 @@ class Shared(Strict):
     """What a stage can set for itself or take from `defaults`."""
 
     batch_size: Count = Field(16, description="samples a step, over all ranks")
-    micro_batch_size: Count | Literal["auto"] = Field("auto", description="samples at once on one device")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="type of computation; what trains is kept in fp32")
+    micro_batch_size: Count | Literal["auto"] = Field(
+        "auto", description="samples at once on one device; auto: measured once on a GPU, at most 8 on a CPU"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="type of computation; what trains is kept in fp32; fp16 scales the loss"
+    )
+    gradient_checkpointing: Literal["auto"] | bool = Field(
+        "auto", description="keep less in memory and compute it again, bit for bit; auto: above a billion parameters"
+    )
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = Field(
+        "auto", description="how attention is computed; auto: what transformers takes"
+    )
     max_length: Count = Field(2048, description="tokens a sample")
     overlong: Literal["error", "drop", "truncate"] = Field(
         "error", description="a sample of more than max_length tokens"
@@ -276,6 +361,16 @@ class Stage(Shared):
             raise ValueError("its length is missing: give epochs or steps")
         if self.epochs is not None and self.steps is not None:
             raise ValueError("give epochs or steps, not both (null clears one)")
+        return self
+
+    @model_validator(mode="after")
+    def _rates_that_go_together(self) -> Stage:
+        trained = [train for train in self.train.values() if train.mode != "frozen"]
+        if trained and all(train.start_step for train in trained):
+            raise ValueError("nothing learns at the first step: one module must have start_step 0")
+        least = self.schedule.min_learning_rate
+        if least is not None and least > self.learning_rate:
+            raise ValueError(f"schedule.min_learning_rate {least:g} is above learning_rate {self.learning_rate:g}")
         return self
 
     @model_validator(mode="after")

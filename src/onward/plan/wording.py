@@ -93,7 +93,8 @@ def _follow(schema: dict[str, Any]) -> dict[str, Any]:
     if "$ref" in schema:
         target: dict[str, Any] = _schema()["$defs"][schema["$ref"].rsplit("/", 1)[-1]]
         return target
-    inner = [branch for branch in schema.get("anyOf", schema.get("oneOf", [])) if "$ref" in branch]
+    branches = schema.get("anyOf", schema.get("oneOf", []))
+    inner = [branch for branch in branches if "$ref" in branch or "prefixItems" in branch]
     return _follow(inner[0]) if len(inner) == 1 else schema
 
 

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 FP32 = 4
-ADAM_SLOTS = 2  # exp_avg and exp_avg_sq, each as large as the parameter
+# Bytes of an optimizer's state for each parameter, about; of a class of the user's what Adam would have.
+STATE_BYTES = {"adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "sgd": 0.0, "adafactor": 0.1, "lion": 4.0}
+ADAM_BYTES = 8.0
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,14 @@ class ModuleCheck:
 
 @dataclass(frozen=True)
 class GroupCheck:
-    """One group: tensors, parameters, learning rate at the schedule's top, weight decay."""
+    """One group: tensors, parameters, learning rate at the schedule's top, weight decay; frozen until `start_step`."""
 
     name: str
     tensors: int
     parameters: int
     learning_rate: float
     weight_decay: float
+    start_step: int
 
 
 @dataclass(frozen=True)
@@ -131,10 +134,12 @@ def _stage_lines(number: int, stage: StageCheck) -> Iterator[str]:
         ("module", "how", "tensors", "parameters", ""),
         [(m.key, m.mode, str(m.tensors), _count(m.parameters), m.detail) for m in stage.modules],
     )
+    late = any(group.start_step for group in stage.groups)
     yield from _table(
-        ("group", "tensors", "trained", "learning rate", "weight decay"),
+        ("group", "tensors", "trained", "learning rate", "weight decay", *(["from step"] if late else [])),
         [
             (g.name, str(g.tensors), _count(g.parameters), f"{g.learning_rate:g}", f"{g.weight_decay:g}")
+            + ((str(g.start_step + 1),) if late else ())
             for g in stage.groups
         ],
     )
@@ -207,7 +212,8 @@ def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> Sta
     plan, selection = stage.plan, stage.selection
     trained = sum(group.count for group in selection.groups)
     tensors = sum(len(group.parameters) for group in selection.groups)
-    checkpoint = trained * FP32 * (1 + ADAM_SLOTS) + tensors * 1024
+    state = STATE_BYTES.get(plan.optimizer.name, ADAM_BYTES) if not plan.optimizer.momentum else 4.0
+    checkpoint = round(trained * (FP32 + state)) + tensors * 1024
     keep = resolved.loaded.plan.checkpoint
     epochs_run = inputs.total_steps / math.ceil(inputs.data.samples_per_epoch / plan.batch_size)
     frozen = sum(
@@ -229,7 +235,8 @@ def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> Sta
         name=plan.name,
         modules=tuple(_modules(resolved, stage, selection)),
         groups=tuple(
-            GroupCheck(g.name, len(g.parameters), g.count, g.learning_rate, g.weight_decay) for g in selection.groups
+            GroupCheck(g.name, len(g.parameters), g.count, g.learning_rate, g.weight_decay, g.start_step)
+            for g in selection.groups
         ),
         sources=tuple(
             SourceCheck(
@@ -255,7 +262,7 @@ def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> Sta
         checkpoint_bytes=checkpoint,
         checkpoints_bytes=checkpoint * (_kept(keep, plan, inputs.total_steps) + 1),  # one is written before one goes
         output_bytes=base,
-        memory_bytes=round(frozen) + trained * FP32 * (2 + ADAM_SLOTS),
+        memory_bytes=round(frozen + trained * (2 * FP32 + state)),
         seconds=operations(shapes, selection.full, tokens, targets) / rate,
     )
 

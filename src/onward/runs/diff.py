@@ -107,8 +107,9 @@ def _progress(a: Path, b: Path, name: str) -> Iterator[Part]:
         for key in place
         if getattr(one, key) != getattr(other, key)
     ]
-    if (a / "progress.json").exists() and (b / "progress.json").exists():
-        odd += _values(read_json(a / "progress.json"), read_json(b / "progress.json"))
+    for name_of_file in ("progress.json", "optimizer.json"):
+        values = [read_json(place / name_of_file) if (place / name_of_file).exists() else {} for place in (a, b)]
+        odd += _values(*values)
     if odd:
         yield Part(f"{name} progress".strip(), False, "differs", tuple(odd))
 

@@ -18,7 +18,7 @@ from onward.runs.begin import free_sibling, open_lock, plan_file, progress_of, t
 from onward.runs.directory import RunDirectory
 from onward.runs.hold import hold
 from onward.runs.journal import ended_early, write_event
-from onward.train.schedule import Horizon, horizon
+from onward.train.schedule import Horizon, horizon_of
 
 How = Literal["rewarm", "constant", "continue"]
 
@@ -66,7 +66,7 @@ def extend(
     trained, old, new = _plan(lock, stage), _horizon(run, before, stage), _horizon(run, lock, stage)
     shown = sorted({old.total, old.total + 1, (old.total + new.total + 1) // 2, new.total})
     rates = {
-        key: {step: learning_rate_of(trained, train) * new.factor(step) for step in shown}
+        key: {step: learning_rate_of(trained, train) * new.factor(step, train.start_step) for step in shown}
         for key, train in trained.train.items()
         if train.mode != "frozen"
     }
@@ -102,6 +102,7 @@ def extend_stage(
     require_rate(plan, before, schedule)
     extension = Extension(attempt=attempt, stage=stage, steps=steps, epochs=epochs, schedule=schedule, by=by)
     lock = lock.model_copy(update={"extensions": [*lock.extensions, extension]})
+    _horizon(run, lock, stage)  # has the schedule room in the added steps?
     write_lock(run.lock, lock)
     write_event(run.journal, "extended", **extension.model_dump(mode="json"))
     return lock
@@ -120,7 +121,7 @@ def _horizon(run: RunDirectory, lock: Lock, stage: str) -> Horizon:
     planned = [e["steps"] for e in events if e["event"] == "stage_started" and e["stage"] == stage]
     if not planned:
         raise DamageError(f"does not tell how long stage {stage} was to be", where=str(run.journal))
-    return horizon(_plan(lock, stage).schedule, planned[-1], extensions_of(lock, stage))
+    return horizon_of(_plan(lock, stage), planned[-1], extensions_of(lock, stage))
 
 
 def _require_extensible(run: RunDirectory, lock: Lock, stage: str) -> None:

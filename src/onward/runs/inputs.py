@@ -16,7 +16,7 @@ from onward.plan.load import LoadedPlan
 from onward.plan.lock import Extension, Lock, extensions_of
 from onward.plan.schema import Evaluate
 from onward.runs.resolve import Resolved, ResolvedStage
-from onward.train.schedule import Horizon, horizon
+from onward.train.schedule import Horizon, horizon_of
 from onward.weights.sidecars import sidecars
 
 if TYPE_CHECKING:
@@ -46,10 +46,15 @@ class StageInputs:
 def prepare_inputs(
     resolved: Resolved, date: str, note: Callable[[str], None], lock: Lock | None = None
 ) -> dict[str, StageInputs]:
-    """Look at every row of every stage before anything trains. InputError names the rows that cannot be used.
+    """Look at every row of every stage before anything trains. InputError names the rows that cannot be used,
+    PlanError an optimizer that cannot.
 
     `lock`: the run's, where there is one; it tells what was extended, and which files are not what they were.
     """
+    from onward.train.optimizer import try_optimizer
+
+    for number, stage in enumerate(resolved.stages):
+        try_optimizer(stage.plan.optimizer, resolved.loaded.where("stages", number, "optimizer", "name"))
     try:
         return {
             stage.plan.name: _prepare(resolved, stage, date, note, extensions_of(lock, stage.plan.name))
@@ -98,7 +103,7 @@ def _prepare(
     if stage.evaluation:
         evaluation = prepare(stage.evaluation, encoder, on_bad_sample=plan.on_bad_sample, progress=note)
     steps = plan.steps or Epochs(data.samples_per_epoch, plan.batch_size).steps_per_epoch * (plan.epochs or 0)
-    return StageInputs(encoder, data, evaluation, horizon(plan.schedule, steps, extensions))
+    return StageInputs(encoder, data, evaluation, horizon_of(plan, steps, extensions))
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,7 @@ def content_of(resolved: Resolved, inputs: Mapping[str, StageInputs]) -> Content
             for stage in plan.stages
             if stage.evaluate and (data := inputs[stage.name].evaluation)
         },
+        "optimizer": {s.name: source_digest(s.optimizer.name) for s in plan.stages if s.optimizer.is_own},
     }
     return Content(fingerprints, files)
 

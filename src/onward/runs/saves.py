@@ -65,7 +65,7 @@ def report_failure(session: Session, live: LiveStage) -> None:
 
 def _snapshot(session: Session, live: LiveStage) -> Snapshot:
     from onward.model.adapters import lora_config
-    from onward.train.optimizer import optimizer_state
+    from onward.train.optimizer import optimizer_state, optimizer_values
     from onward.weights.quantised import to_json
 
     training, stage = live.training, live.plan
@@ -87,6 +87,7 @@ def _snapshot(session: Session, live: LiveStage) -> Snapshot:
         adapter=Adapter(config, {name: p.detach() for name, p in lora.items()}, quantisation) if config else None,
         optimizer=optimizer_state(training.optimizer, trainable.parameters),
         optimizer_name=stage.optimizer.name,
+        optimizer_values=optimizer_values(training.optimizer, trainable.parameters),
         progress=progress.to_json(),
         environment=session.lock.environment,
     )

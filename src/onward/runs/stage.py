@@ -60,9 +60,8 @@ class LiveStage:
         from onward.model.probe import probe_loss
 
         loss = probe_loss(self.training.trainable.model, self.probe_batch(), self.engine.autocast())
-        factor = self.training.horizon.following(self.training.progress.step)
-        rates = {group.name: group.learning_rate * factor for group in self.training.trainable.selection.groups}
-        return {"loss": loss, "next_learning_rates": rates}
+        groups, step = self.training.trainable.selection.groups, self.training.progress.step
+        return {"loss": loss, "next_learning_rates": self.training.horizon.following_rates(groups, step)}
 
 
 def set_up(session: Session, number: int, start: Start, checkpoint: Checkpoint | None) -> LiveStage:
@@ -169,7 +168,8 @@ def put_in_place(live: LiveStage, checkpoint: Checkpoint) -> None:
     adapter = checkpoint.adapter()
     try:
         restore(live.training.trainable, {**checkpoint.weights(), **(adapter.tensors if adapter else {})})
-        restore_optimizer(live.training.optimizer, live.training.trainable.parameters, checkpoint.optimizer())
+        parameters, values = live.training.trainable.parameters, checkpoint.optimizer_values()
+        restore_optimizer(live.training.optimizer, parameters, checkpoint.optimizer(), values)
         live.training.progress = Progress.from_json(checkpoint.progress)
     except DamageError as error:
         raise DamageError(error.message, where=str(checkpoint.directory)) from None

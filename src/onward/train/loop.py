@@ -12,6 +12,7 @@ import torch
 from onward.data.batches import StepBatch
 from onward.engine.single import Single
 from onward.errors import TrainingError
+from onward.model.selection import Group
 from onward.model.trainable import Trainable
 from onward.randomness import derive
 from onward.train.monitor import (
@@ -21,6 +22,7 @@ from onward.train.monitor import (
     group_norms,
     sample,
     update_ratios,
+    watched_norms,
 )
 from onward.train.progress import Progress
 from onward.train.schedule import Horizon
@@ -59,23 +61,26 @@ def train(training: Training, engine: Single, batches: Iterable[StepBatch], duti
     """
     progress, groups = training.progress, training.trainable.selection.groups
     parameters = training.trainable.parameters
+    starts = {group.start_step for group in groups}
     training.trainable.model.train()
     steps = 0
     began = time.perf_counter()
     for batch in batches:
+        if not steps or batch.step - 1 in starts:
+            begun = _thaw(training, batch.step)
         loss = _accumulate(training, engine, batch)
         gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
         norms = dict(zip(gradients, engine.norms(list(gradients.values())).tolist(), strict=True)) if gradients else {}
         check_finite(loss, norms, batch.step, batch.sample_ids)
         by_group = group_norms(groups, norms)
-        check_learning(progress, by_group)
+        check_learning(progress, watched_norms(begun, by_group))
         total = sum(norm * norm for norm in by_group.values()) ** 0.5
         if training.max_grad_norm is not None and total > training.max_grad_norm:
             engine.scale_gradients(list(parameters.values()), training.max_grad_norm / (total + 1e-6))
 
-        factor = training.horizon.factor(batch.step)
-        for ours, theirs in zip(groups, training.optimizer.param_groups, strict=True):
-            theirs["lr"] = ours.learning_rate * factor
+        rates = training.horizon.rates(groups, batch.step)
+        for group in training.optimizer.param_groups:
+            group["lr"] = rates[group["name"]]
         before = sample(list(parameters.values()))
         training.optimizer.step()
         training.optimizer.zero_grad(set_to_none=True)
@@ -99,7 +104,7 @@ def train(training: Training, engine: Single, batches: Iterable[StepBatch], duti
             "tokens": batch.tokens,
             "targets": batch.target_tokens,
             "inputs": batch.inputs,
-            "groups": describe_groups(groups, factor, by_group, ratios),
+            "groups": describe_groups(groups, rates, by_group, ratios),
         }
         if batch.skipped:
             row["skipped"] = [list(item) for item in batch.skipped]
@@ -115,6 +120,15 @@ def train(training: Training, engine: Single, batches: Iterable[StepBatch], duti
         if stopping:
             break
     return steps
+
+
+def _thaw(training: Training, step: int) -> list[Group]:
+    """The groups that learn at `step`; the others take no gradient, so that the optimizer leaves them as they are."""
+    begun = [group for group in training.trainable.selection.groups if step > group.start_step]
+    learning = {name for group in begun for name in group.parameters}
+    for name, parameter in training.trainable.parameters.items():
+        parameter.requires_grad_(name in learning)
+    return begun
 
 
 def _accumulate(training: Training, engine: Single, batch: StepBatch) -> float:

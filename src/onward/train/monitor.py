@@ -42,6 +42,18 @@ def group_norms(groups: Sequence[Group], norms: Mapping[str, float]) -> dict[str
     return {g.name: math.sqrt(sum(norms.get(name, 0.0) ** 2 for name in g.parameters)) for g in groups}
 
 
+def watched_norms(groups: Sequence[Group], norms: Mapping[str, float]) -> dict[str, float]:
+    """The norms of what must learn: those of groups that differ in their layer alone, as with layer_decay, together.
+
+    A single layer may have nothing to learn: a tower's last norm, where the layer before it is what is used.
+    """
+    watched: dict[str, float] = {}
+    for group in groups:
+        name = group.key + (".no_decay" if group.name.endswith(".no_decay") else "")
+        watched[name] = math.hypot(watched.get(name, 0.0), norms[group.name])
+    return watched
+
+
 def check_finite(loss: float, norms: Mapping[str, float], step: int, sample_ids: Sequence[str]) -> None:
     """TrainingError, before the update, when the loss or a gradient is not finite."""
     culprit = None
@@ -68,12 +80,12 @@ def check_learning(progress: Progress, norms: Mapping[str, float]) -> None:
 
 
 def describe_groups(
-    groups: Sequence[Group], factor: float, norms: Mapping[str, float], ratios: Mapping[str, float]
+    groups: Sequence[Group], rates: Mapping[str, float], norms: Mapping[str, float], ratios: Mapping[str, float]
 ) -> dict[str, Any]:
     """The groups' part of a metrics row."""
     return {
         group.name: {
-            "learning_rate": group.learning_rate * factor,
+            "learning_rate": rates[group.name],
             "grad_norm": norms[group.name],
             "update_ratio": ratios[group.name],
         }
