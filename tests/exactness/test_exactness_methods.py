@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from harness import KILLED, Killer, assert_identical, in_child, start
+from harness import KILLED, Killer, assert_identical, die, in_child, start
+
+from onward.files import read_jsonl
 
 PLAN = """
 model: {model}
@@ -62,8 +67,16 @@ VARIANTS = {
         "      language_model: {mode: lora, rank: 4, dropout: 0.1, start_step: 2}",
         "more": "schedule: {name: cosine, warmup_steps: 2}",
     },
+    "bf16, recomputed": {
+        "train": "language_model: {mode: lora, rank: 4, dropout: 0.1}",
+        "more": "precision: bf16\n    gradient_checkpointing: true\n    attention: eager",
+    },
+    "recomputed": {
+        "model": "llava", "data": "colours.jsonl", "train": FULL + "\n      vision_tower: {mode: full}",
+        "more": "gradient_checkpointing: true",
+    },
 }  # fmt: skip
-SAMPLE = ("adamw_8bit", "adafactor", "own", "warmup_stable_decay", "start_step")
+SAMPLE = ("adamw_8bit", "adafactor", "own", "warmup_stable_decay", "start_step", "recomputed")
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +143,90 @@ def test_a_late_module_is_untouched_until_its_step_and_learns_from_then_on(model
         return next(key for key in base if key.endswith(name.split("vision_tower.")[1]) and "vision" in key)
 
     assert in_child(compare) == 0
+
+
+def scaling(first: float, interval: int, die_at: int | None = None) -> Callable[[], None]:
+    """A patch: another first loss scale and a shorter wait for its growth; die behind an overflow's row of a step."""
+
+    def patch() -> None:
+        from onward.runs import replay
+        from onward.train import scale
+
+        scale.FIRST, scale.INTERVAL = first, interval
+        append = replay.append_jsonl
+
+        def deadly(path: Path, rows: list[dict], **options: bool) -> None:
+            append(path, rows, **options)
+            if "overflow" in rows[0] and rows[0]["step"] == die_at:
+                die()
+
+        replay.append_jsonl = deadly
+
+    return patch
+
+
+@pytest.fixture(scope="module")
+def fp16(models: Path) -> tuple[Path, Path, dict[int, list[dict]]]:
+    """A plan in fp16 whose first scale is too large, the run of it, and its rows by step."""
+    more = "precision: fp16\n    max_grad_norm: 0.5"
+    lora = "language_model: {mode: lora, rank: 4, dropout: 0.1}"
+    plan, run = plan_of(models, "fp16", train=lora, more=more), models / "fp16"
+    assert start(plan, run, patch=scaling(2.0**34, 2)) == 0
+    rows: dict[int, list[dict]] = {}
+    for row in read_jsonl(run / "metrics.jsonl"):
+        rows.setdefault(row["step"], []).append(row)
+    return plan, run, rows
+
+
+def test_an_overflowed_step_is_none(fp16: tuple[Path, Path, dict[int, list[dict]]]) -> None:
+    """Its own rows, no tick of the schedule, the same batch again, the scale in the checkpoint."""
+    _, run, rows = fp16
+    assert sorted(rows) == list(range(1, 10))
+    overflows = {step: tries[:-1] for step, tries in rows.items() if len(tries) > 1}
+    assert 1 in overflows and len(overflows) > 2  # at first, and whenever it had grown too far
+    for step, tries in rows.items():
+        assert [row.get("overflow") for row in tries] == [*range(1, len(tries)), None]
+        scales = [row["loss_scale"] for row in tries]
+        assert all(b == a / 2 for a, b in pairwise(scales))
+        assert tries[-1]["overflows"] == len(tries) - 1
+        assert len({row["loss"] for row in tries}) == 1  # the same batch, the same dropout
+    progress = json.loads((run / "stages/1-only/checkpoints/step-000009/progress.json").read_text())
+    assert progress["loss_scale"] in (rows[9][-1]["loss_scale"], 2 * rows[9][-1]["loss_scale"])
+
+
+@pytest.mark.parametrize("which", [0, -1])
+def test_killed_between_an_overflow_and_the_next_try(
+    fp16: tuple[Path, Path, dict[int, list[dict]]], tmp_path: Path, which: int
+) -> None:
+    plan, whole, rows = fp16
+    step = [step for step, tries in rows.items() if len(tries) > 1][which]
+    assert start(plan, tmp_path / "run", patch=scaling(2.0**34, 2, die_at=step)) == KILLED
+    assert start(plan, tmp_path / "run", view=Killer(("only", step)), patch=scaling(2.0**34, 2)) == KILLED
+    assert start(plan, tmp_path / "run", patch=scaling(2.0**34, 2)) == 0
+    assert_identical(whole, tmp_path / "run")
+
+
+def test_fp16_computes_what_fp32_does_about(models: Path, fp16: tuple[Path, Path, dict], tmp_path: Path) -> None:
+    plan, _, rows = fp16
+    assert start(plan, tmp_path / "run", "stages.only.precision=fp32") == 0
+    for row in read_jsonl(tmp_path / "run/metrics.jsonl"):
+        ours = rows[row["step"]][-1]
+        assert ours["loss"] == pytest.approx(row["loss"], rel=2e-3)
+        assert ours["grad_norm"] == pytest.approx(row["grad_norm"], rel=2e-2)
+        assert all(ours[key] == row[key] for key in ("inputs", "samples", "targets"))
+        rates = [r["groups"]["language_model"]["learning_rate"] for r in (ours, row)]
+        assert rates[0] == rates[1]  # no tick of the schedule
+
+
+def test_gradients_that_always_overflow_stop_the_run(fp16: tuple[Path, Path, dict], tmp_path: Path, capfd) -> None:
+    def patch() -> None:
+        import torch
+
+        from onward.engine.single import Single
+
+        norms = Single.norms
+        Single.norms = lambda self, tensors: torch.full_like(norms(self, tensors), float("inf"))
+
+    plan, _, _ = fp16
+    assert start(plan, tmp_path / "run", patch=patch) == 1
+    assert "the gradients of step 1 overflow fp16 at every loss scale down to" in capfd.readouterr().err

@@ -25,19 +25,22 @@ class Single:
         self.precision = precision
 
     def autocast(self) -> Any:
-        """The context in which the model computes: bf16 where the plan says so."""
+        """The context in which the model computes: bf16 or fp16 where the plan says so."""
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(next(self.model.parameters()).device.type, dtype=torch.bfloat16)
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(next(self.model.parameters()).device.type, dtype=dtype)
 
-    def accumulate(self, micro_batch: Mapping[str, torch.Tensor], target_tokens: int) -> torch.Tensor:
-        """Add a micro-batch's part of the step's gradient; returns its part of the step's loss (detached scalar).
+    def accumulate(
+        self, micro_batch: Mapping[str, torch.Tensor], target_tokens: int, scale: float = 1.0
+    ) -> torch.Tensor:
+        """Add a micro-batch's part of the step's gradient times `scale`; returns its part of the loss, a scalar.
 
         `target_tokens` counts the whole step's targets: the sum over micro-batches is the loss over the global batch.
         """
         with self.autocast():
             loss = loss_sum(self.model, micro_batch) / target_tokens
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss if scale == 1.0 else loss * scale).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def norms(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:

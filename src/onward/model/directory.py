@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,11 @@ class ModelDirectory:
         inner = text.get("tie_word_embeddings") if isinstance(text, dict) else None
         said = self.config.get("tie_word_embeddings", inner)
         return bool(said) or not any(name.startswith("lm_head.") for name in self.tensors)
+
+    @property
+    def count(self) -> int:
+        """How many parameters there are, in numbers."""
+        return sum(math.prod(entry.shape) for entry in self.parameters().values())
 
     def parameters(self) -> dict[str, TensorEntry]:
         """Canonical name → entry of every parameter, a tied head left out: it is the embedding's."""

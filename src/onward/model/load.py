@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from onward.errors import DamageError, InputError
+from onward.errors import DamageError, InputError, PlanError
 from onward.model.directory import ModelDirectory, open_model_directory
 from onward.model.skeleton import empty_model, fill
 from onward.weights.quantised import Quantisation
@@ -24,12 +24,18 @@ class LoadedModel:
 
 
 def load_model(
-    directory: Path, *, precision: str, device: str, quantised: Mapping[str, Quantisation] | None = None
+    directory: Path,
+    *,
+    precision: str,
+    device: str,
+    attention: str = "auto",
+    quantised: Mapping[str, Quantisation] | None = None,
 ) -> LoadedModel:
     """Load a model directory with transformers: in fp32, or in bf16 where `precision` and every tensor are bf16.
 
     The linear layers that `quantised` names are never whole in memory but one at a time: the model is built empty then,
-    and filled from the files.
+    and filled from the files. `attention`: what transformers calls attn_implementation; PlanError when the model has no
+    such one.
 
     DamageError when a tensor is missing, unknown or of another shape, when a parameter in memory is not one of the
     directory's, and when tensors are tied in memory and not in the configuration, or the other way round.
@@ -49,6 +55,8 @@ def load_model(
     else:
         model = _from_pretrained(opened, dtype)
     _compare_names(model, opened)
+    if attention != "auto":
+        _set_attention(model, attention, str(directory))
     model.requires_grad_(False)
     return LoadedModel(model.to(device), opened)
 
@@ -71,6 +79,14 @@ def _from_pretrained(opened: ModelDirectory, dtype: torch.dtype) -> Any:
             first = sorted(str(item) for item in info[kind])[0]
             raise DamageError(f"{kind.replace('_', ' ')}: {len(info[kind])}, first {first}", where=str(opened.path))
     return model
+
+
+def _set_attention(model: Any, attention: str, where: str) -> None:
+    try:
+        model.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise PlanError(f"attention: {attention}: {reason}", where=where, hint="say attention: auto") from None
 
 
 def _compare_names(model: Any, opened: ModelDirectory) -> None:

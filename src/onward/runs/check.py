@@ -11,14 +11,16 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onward.model.recompute import recomputes
 from onward.model.selection import Selection
 from onward.plan.load import LoadedPlan
 from onward.plan.schema import CheckpointPlan, Stage
 from onward.runs.account import account
 from onward.runs.begin import go_on, judge_changes, open_lock
+from onward.runs.device import advice
 from onward.runs.directory import RunDirectory
 from onward.runs.environment import device_name, environment, threads
-from onward.runs.estimate import SHARE, matrix_rate, operations
+from onward.runs.estimate import SHARE, matrix_rate, operations, state_bytes
 from onward.runs.inputs import StageInputs, content_of, prepare_inputs
 from onward.runs.resolve import Resolved, ResolvedStage, resolve
 from onward.weights.merge import merge_bytes
@@ -27,9 +29,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 FP32 = 4
-# Bytes of an optimizer's state for each parameter, about; of a class of the user's what Adam would have.
-STATE_BYTES = {"adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "sgd": 0.0, "adafactor": 0.1, "lion": 4.0}
-ADAM_BYTES = 8.0
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,9 @@ class StageCheck:
     longest: int
     skipped: int
     schedule: str
+    precision: str
+    attention: str
+    gradient_checkpointing: bool
     evaluation_samples: int
     checkpoint_bytes: int
     checkpoints_bytes: int
@@ -149,6 +151,8 @@ def _stage_lines(number: int, stage: StageCheck) -> Iterator[str]:
         yield f"  {source.path}: {source.format} rows{renamed}; {usable}{source.share}"
     length = f"{stage.epochs} epochs of {stage.samples:,} samples" if stage.epochs else f"{stage.samples:,} samples"
     yield f"  {stage.steps:,} steps of {stage.batch_size} samples ({length}); {stage.schedule}"
+    recomputed = ", gradient checkpointing" if stage.gradient_checkpointing else ""
+    yield f"  computed in {stage.precision}, attention {stage.attention}{recomputed}"
     yield f"  {stage.tokens:,} tokens, {stage.target_tokens:,} of them learnt; longest sample {stage.longest:,} tokens"
     if stage.skipped:
         yield f"  {stage.skipped:,} samples are left out"
@@ -169,7 +173,7 @@ def check_plan(loaded: LoadedPlan, *, show: int = 0, run: RunDirectory) -> Check
     lock = open_lock(run) if run.state() == "run" else None
     resolved = resolve(loaded, lock.starts if lock else ())
     directory = run.path
-    warnings: list[str] = []
+    warnings = list(advice(loaded.plan))
     inputs = prepare_inputs(resolved, date.today().isoformat(), lambda text: None, lock)
     stages = tuple(_stage(resolved, stage, inputs[stage.plan.name]) for stage in resolved.stages)
     disk = sum(stage.checkpoints_bytes + stage.output_bytes for stage in stages)
@@ -185,7 +189,7 @@ def check_plan(loaded: LoadedPlan, *, show: int = 0, run: RunDirectory) -> Check
         plan=str(loaded.path),
         model=str(resolved.model.path),
         family=resolved.model.family.name,
-        parameters=sum(math.prod(entry.shape) for entry in resolved.model.parameters().values()),
+        parameters=resolved.model.count,
         promise=_promise(loaded, run, resolved, inputs),
         stages=stages,
         disk_bytes=disk,
@@ -212,7 +216,7 @@ def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> Sta
     plan, selection = stage.plan, stage.selection
     trained = sum(group.count for group in selection.groups)
     tensors = sum(len(group.parameters) for group in selection.groups)
-    state = STATE_BYTES.get(plan.optimizer.name, ADAM_BYTES) if not plan.optimizer.momentum else 4.0
+    state = state_bytes(plan.optimizer)
     checkpoint = round(trained * (FP32 + state)) + tensors * 1024
     keep = resolved.loaded.plan.checkpoint
     epochs_run = inputs.total_steps / math.ceil(inputs.data.samples_per_epoch / plan.batch_size)
@@ -258,6 +262,9 @@ def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> Sta
         longest=inputs.data.longest,
         skipped=len(inputs.data.skipped),
         schedule=f"{plan.schedule.name}, {inputs.horizon.segments[0].warmup} steps of warm-up{extended}",
+        precision=plan.precision,
+        attention=plan.attention,
+        gradient_checkpointing=recomputes(plan.gradient_checkpointing, resolved.model.count),
         evaluation_samples=inputs.evaluation.rows if inputs.evaluation else 0,
         checkpoint_bytes=checkpoint,
         checkpoints_bytes=checkpoint * (_kept(keep, plan, inputs.total_steps) + 1),  # one is written before one goes

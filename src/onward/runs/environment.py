@@ -97,6 +97,7 @@ def set_switches(plan: Plan) -> torch.device:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if plan.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")
     import torch
 
     torch.set_num_threads(threads(plan))

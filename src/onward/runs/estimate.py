@@ -1,4 +1,7 @@
-"""How long a stage would take here: arithmetic over what this device does in a moment. A guess, and said to be one."""
+"""How long a stage would take here: arithmetic over what this device does in a moment. A guess, and said to be one.
+
+And what its optimizer's state takes.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,20 @@ import time
 from collections.abc import Iterable, Mapping
 from functools import cache
 
+from onward.plan.schema import Optimizer
+
 SHARE = 0.5  # of the rate of large matrix products that a training step reaches; measured with SmolLM2-135M on 2 cores
 SECONDS = 0.2
 SIZE = 1024
+
+# Bytes of an optimizer's state for each parameter, about; of a class of the user's what Adam would have.
+STATE_BYTES = {"adamw_8bit": 2.1, "paged_adamw_8bit": 2.1, "sgd": 0.0, "adafactor": 0.1, "lion": 4.0}
+ADAM_BYTES, MOMENTUM_BYTES = 8.0, 4.0
+
+
+def state_bytes(optimizer: Optimizer) -> float:
+    """What the optimizer remembers of one trained parameter, in bytes."""
+    return MOMENTUM_BYTES if optimizer.momentum else STATE_BYTES.get(optimizer.name, ADAM_BYTES)
 
 
 @cache

@@ -62,9 +62,11 @@ def ended_early(events: Iterable[Mapping[str, Any]], stage: str) -> int | None:
 
 
 def newest_rows(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:
-    """(stage, step) → the row of its last attempt, as it is."""
+    """(stage, step) → the row of its last attempt, as it is. A row of an overflow is of no step."""
     newest: dict[tuple[str, int], dict[str, Any]] = {}
     for row in rows:
+        if "overflow" in row:
+            continue
         key = (row["stage"], row["step"])
         if key not in newest or row["attempt"] >= newest[key]["attempt"]:
             newest[key] = row

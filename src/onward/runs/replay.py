@@ -27,6 +27,9 @@ def recorder(session: Session, stage: str, step: int) -> Callable[[dict[str, Any
 
     def record(row: dict[str, Any]) -> None:
         row["attempt"] = session.attempt
+        if "overflow" in row:
+            append_jsonl(session.directory.metrics, [row])
+            return
         before = earlier.get((row["stage"], row["step"]))
         if before is not None and session.tier == "bitwise":
             _compare_replay(session, before, next(iter(canonical_metrics([row]).values())))

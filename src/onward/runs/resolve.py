@@ -14,6 +14,7 @@ from onward.model.selection import LoraLayer, Selection, looks_linear, select
 from onward.plan.functions import require_arguments
 from onward.plan.load import LoadedPlan
 from onward.plan.schema import Source, Stage
+from onward.runs.device import require_device
 from onward.runs.hub import hub_directory, is_hub_id
 from onward.weights.quantised import Quantisation
 
@@ -81,6 +82,7 @@ def resolve(loaded: LoadedPlan, starts: Collection[str] = ()) -> Resolved:
                 _source(loaded, s, ("stages", number, "evaluate", "data", i)) for i, s in enumerate(evaluation)
             )
             _require_metrics(stage, loaded.where("stages", number, "evaluate", "metrics"))
+            require_device(loaded, number, stage)
             stages.append(ResolvedStage(stage, selection, sources, measured))
         except PlanError as error:
             problems.append(str(error))

@@ -12,6 +12,7 @@ from onward.checkpoint.read import Checkpoint, newest_verified
 from onward.checkpoint.save import finish_replacements
 from onward.errors import DamageError, PlanError, Refused, TrainingError
 from onward.model.directory import open_model_directory
+from onward.model.recompute import recomputes
 from onward.plan.schema import Stage
 from onward.runs.journal import write_event
 from onward.runs.outputs import Start, carried_from
@@ -68,6 +69,7 @@ def set_up(session: Session, number: int, start: Start, checkpoint: Checkpoint |
     """Load the stage's base, make it ready to learn, put its newest verified checkpoint in place if there is one."""
     from onward.engine.single import Single
     from onward.model.load import linear_weights, load_model
+    from onward.model.recompute import recompute
     from onward.model.skeleton import empty_model
     from onward.model.trainable import make_trainable
     from onward.train.loop import Training
@@ -79,8 +81,17 @@ def set_up(session: Session, number: int, start: Start, checkpoint: Checkpoint |
     where = {key: session.resolved.loaded.where("stages", number, "train", key) for key in stage.train}
     selection = select_from(opened, stage, where, linear_weights(empty_model(opened)))
     quantised = {**carried.quantised, **selection.quantised}
-    loaded = load_model(start.base, precision=stage.precision, device=str(session.device), quantised=quantised)
+    loaded = load_model(
+        start.base,
+        precision=stage.precision,
+        device=str(session.device),
+        attention=stage.attention,
+        quantised=quantised,
+    )
     trainable = make_trainable(loaded, selection, carried, seed=plan.seed, stage=stage.name)
+    if recomputes(stage.gradient_checkpointing, opened.count):
+        place = session.resolved.loaded.where("stages", number, "gradient_checkpointing")
+        recompute(trainable.model, required=stage.gradient_checkpointing is True, where=place)
     inputs = session.inputs[stage.name]
     training = Training(
         stage=stage.name,

@@ -97,7 +97,7 @@ def status(path: Path) -> RunStatus:
     events = read_jsonl(run.journal)
     metrics = read_metrics(run.metrics)
     rows = canonical_metrics(metrics)
-    raw = [row for row in metrics if row["step"]]
+    raw = [row for row in metrics if row["step"] and "overflow" not in row]
     held = holder(run.hold)
     names = [stage.name for stage in plan.stages]
     stages = tuple(_stage(run, lock, name, events, rows) for name in names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from onward.train.monitor import (
     watched_norms,
 )
 from onward.train.progress import Progress
+from onward.train.scale import back_off, grow, loss_scale
 from onward.train.schedule import Horizon
 
 
@@ -62,15 +64,23 @@ def train(training: Training, engine: Single, batches: Iterable[StepBatch], duti
     progress, groups = training.progress, training.trainable.selection.groups
     parameters = training.trainable.parameters
     starts = {group.start_step for group in groups}
+    is_scaled = engine.precision == "fp16"
     training.trainable.model.train()
     steps = 0
     began = time.perf_counter()
     for batch in batches:
         if not steps or batch.step - 1 in starts:
             begun = _thaw(training, batch.step)
-        loss = _accumulate(training, engine, batch)
-        gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-        norms = dict(zip(gradients, engine.norms(list(gradients.values())).tolist(), strict=True)) if gradients else {}
+        scale, overflows = loss_scale(progress, engine.precision), 0
+        loss, norms = _gradients(training, engine, batch, scale)
+        while is_scaled and math.isfinite(loss) and not all(map(math.isfinite, norms.values())):
+            training.optimizer.zero_grad(set_to_none=True)
+            back_off(progress, scale, batch.step, batch.sample_ids)
+            overflows += 1
+            row = {"stage": training.stage, "step": batch.step, "overflow": overflows, "loss": loss}
+            duties.record({**row, "loss_scale": scale})
+            scale = loss_scale(progress, engine.precision)
+            loss, norms = _gradients(training, engine, batch, scale)
         check_finite(loss, norms, batch.step, batch.sample_ids)
         by_group = group_norms(groups, norms)
         check_learning(progress, watched_norms(begun, by_group))
@@ -94,7 +104,7 @@ def train(training: Training, engine: Single, batches: Iterable[StepBatch], duti
         ratios = update_ratios(
             groups, dict(zip(parameters, before, strict=True)), dict(zip(parameters, after, strict=True))
         )
-        row: dict[str, Any] = {
+        row = {
             "stage": training.stage,
             "step": batch.step,
             "epoch": batch.epoch,
@@ -106,6 +116,9 @@ def train(training: Training, engine: Single, batches: Iterable[StepBatch], duti
             "inputs": batch.inputs,
             "groups": describe_groups(groups, rates, by_group, ratios),
         }
+        if is_scaled:
+            row |= {"loss_scale": scale, "overflows": overflows}
+            grow(progress, scale)
         if batch.skipped:
             row["skipped"] = [list(item) for item in batch.skipped]
         if duties.evaluate_at(batch.step):
@@ -131,14 +144,21 @@ def _thaw(training: Training, step: int) -> list[Group]:
     return begun
 
 
-def _accumulate(training: Training, engine: Single, batch: StepBatch) -> float:
-    """Gradients of the whole step; its loss: the sum over target tokens divided by their number."""
+def _gradients(training: Training, engine: Single, batch: StepBatch, scale: float) -> tuple[float, dict[str, float]]:
+    """Gradients of the whole step; its loss, the sum over target tokens divided by their number, and the norm of each
+    parameter's gradient. The loss is multiplied by `scale` on its way, and the gradients divided by it.
+    """
     loss: torch.Tensor | None = None
     for index, micro_batch in enumerate(batch.micro_batches):
         torch.manual_seed(derive(training.seed, training.stage, "micro", batch.step, index))
-        part = engine.accumulate(micro_batch, batch.target_tokens)
+        part = engine.accumulate(micro_batch, batch.target_tokens, scale)
         loss = part if loss is None else loss + part
     if loss is None:
         skipped = "; ".join(f"{sample}: {reason}" for sample, reason in batch.skipped)
         raise TrainingError(f"no sample of step {batch.step} can be read", hint=skipped)
-    return float(loss.item())
+    parameters = training.trainable.parameters
+    if scale != 1.0:
+        engine.scale_gradients(list(parameters.values()), 1.0 / scale)
+    gradients = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+    norms = engine.norms(list(gradients.values())).tolist() if gradients else []
+    return float(loss.item()), dict(zip(gradients, norms, strict=True))

@@ -15,7 +15,8 @@ class Progress:
     `zero_gradient`: group → steps in a row without a gradient; `best`: the best evaluations so far as {"metric",
     "value", "step"}, the best first, as many as are kept; `loss_sum` over `targets` is the mean training loss;
     `probe`: {"loss", "next_learning_rates"} of the fixed samples at this very step, where the checkpoint carries one;
-    `not_improved`: evaluations in a row without a better value, for early stopping.
+    `not_improved`: evaluations in a row without a better value, for early stopping; `loss_scale`, `steps_at_scale`: of
+    fp16, the scale and the steps in a row that were done at it.
     """
 
     step: int = 0
@@ -27,6 +28,8 @@ class Progress:
     best: list[dict[str, Any]] = field(default_factory=list)
     probe: dict[str, Any] | None = None
     not_improved: int = 0
+    loss_scale: float | None = None
+    steps_at_scale: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
