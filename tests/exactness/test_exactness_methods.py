@@ -184,7 +184,7 @@ def test_an_overflowed_step_is_none(fp16: tuple[Path, Path, dict[int, list[dict]
     assert sorted(rows) == list(range(1, 10))
     overflows = {step: tries[:-1] for step, tries in rows.items() if len(tries) > 1}
     assert 1 in overflows and len(overflows) > 2  # at first, and whenever it had grown too far
-    for step, tries in rows.items():
+    for tries in rows.values():
         assert [row.get("overflow") for row in tries] == [*range(1, len(tries)), None]
         scales = [row["loss_scale"] for row in tries]
         assert all(b == a / 2 for a, b in pairwise(scales))
