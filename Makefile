@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo demo-text test test-all bench bench-checkpoint bench-failures bench-continuing bench-loss lint clean
+.PHONY: setup demo demo-text test test-all bench bench-checkpoint bench-merge bench-failures bench-continuing bench-loss lint clean
 
 setup: $(STAMP)  ## .venv with onward and everything to work on it
 
@@ -33,6 +33,9 @@ bench: setup  ## onward beside a bare PyTorch loop and the Hugging Face Trainer
 
 bench-checkpoint: setup  ## saving and loading beside torch.save, DCP and the disk's own limit
 	$(BIN)/python bench/checkpoint.py
+
+bench-merge: setup  ## merging a LoRA of rank 64 into 1.5 billion parameters, beside PEFT and a plain copy; 13 GB of disk
+	$(BIN)/python bench/merge.py
 
 bench-failures: setup  ## runs broken on purpose, Trainer's and onward's; writes docs/failures.md
 	$(BIN)/python bench/failures.py

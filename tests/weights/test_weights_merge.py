@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 
 from onward.checkpoint.save import Snapshot, save_checkpoint
 from onward.errors import DamageError, InputError
+from onward.weights import fold
 from onward.weights.lora import open_adapter
 from onward.weights.merge import merge
+from onward.weights.quantised import Quantisation, dequantised, to_json
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
 CONFIGS = {
@@ -50,7 +52,8 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_a_merge_has_the_bits_of_pefts(bases, tmp_path, case):
+def test_a_merge_has_the_bits_of_pefts(bases, tmp_path, monkeypatch, case):
+    monkeypatch.setattr(fold, "PIECE", 100)  # so that even these tensors are made in pieces
     kind, config = CONFIGS[case]
     base = bases(kind)
     model = peft_side.adapt(base, tmp_path / "adapter", **config)
@@ -64,6 +67,76 @@ def test_a_merge_has_the_bits_of_pefts(bases, tmp_path, case):
     ]
     assert len(changed) == report.merged + report.replaced > 0
     assert report.copied == len(before) - len(changed)
+
+
+def test_pieces_of_a_product_have_the_bits_of_the_whole():
+    generator = torch.Generator().manual_seed(0)
+    for rank, columns in ((64, 1536), (3, 513), (16, 30000), (1, 64)):
+        a, b = torch.randn(rank, columns, generator=generator), torch.randn(1000, rank, generator=generator)
+        pieces = torch.cat([b[begin : begin + fold.ROWS] @ a for begin in range(0, 1000, fold.ROWS)])
+        assert torch.equal(pieces, b @ a)
+
+
+@pytest.mark.parametrize("kinds", [({}, {}), ({}, {"use_dora": True}), ({"use_dora": True}, {"use_rslora": True})])
+def test_several_adapters_are_merged_one_after_the_other_as_peft_does(bases, tmp_path, kinds):
+    import peft
+
+    base, names = bases("llama"), ["first", "second"]
+    for seed, (name, kind) in enumerate(zip(names, kinds, strict=True)):
+        peft_side.adapt(base, tmp_path / name, seed=seed, r=3 + seed, target_modules=["q_proj", name_of[seed]], **kind)
+    model = peft.PeftModel.from_pretrained(peft_side.load(base), tmp_path / "first", adapter_name="first")
+    model.load_adapter(str(tmp_path / "second"), adapter_name="second")
+    merged = model.merge_and_unload(adapter_names=names)
+    peft_side.merged_by_us([tmp_path / name for name in names], None, tmp_path / "out")
+    ours, theirs = peft_side.load(tmp_path / "out").state_dict(), merged.state_dict()
+    if "use_dora" in kinds[1]:  # PEFT takes the base's lengths from (base + first) - first, which has been rounded
+        assert all(torch.allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6) for name in ours)
+    else:
+        assert peft_side.different(ours, theirs) == []
+
+
+name_of = ["up_proj", "down_proj"]
+
+
+def test_two_adapters_that_replace_one_weight_are_refused(bases, tmp_path):
+    for seed, options in enumerate(({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["lm_head"]})):
+        peft_side.adapt(bases("llama"), tmp_path / str(seed), seed=seed, target_modules=["q_proj"], **options)
+    with pytest.raises(InputError, match=r"lm_head\.weight: was trained twice"):
+        peft_side.merged_by_us([tmp_path / "0", tmp_path / "1"], None, tmp_path / "out")
+    peft_side.adapt(bases("llama"), tmp_path / "2", target_modules=["lm_head"])
+    with pytest.raises(InputError, match=r"lm_head\.weight: was trained twice"):
+        peft_side.merged_by_us([tmp_path / "0", tmp_path / "2"], None, tmp_path / "out")
+
+
+def test_adapters_of_different_bases_need_one_named(bases, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(bases("llama"), other)
+    peft_side.adapt(bases("llama"), tmp_path / "0", target_modules=["q_proj"])
+    peft_side.adapt(other, tmp_path / "1", target_modules=["q_proj"])
+    with pytest.raises(InputError, match=r"(?s)different bases.*--base"):
+        peft_side.merged_by_us([tmp_path / "0", tmp_path / "1"], None, tmp_path / "out")
+    assert peft_side.merged_by_us([tmp_path / "0", tmp_path / "1"], other, tmp_path / "out").merged == 2
+
+
+@pytest.mark.parametrize("how", [Quantisation(4), Quantisation(8)], ids=str)
+def test_after_training_on_a_quantised_base_either_base_s_values_are_taken(bases, tmp_path, how):
+    peft_side.adapt(bases("llama"), tmp_path / "adapter", target_modules=["up_proj"])
+    with pytest.raises(InputError, match=r"quantisation\.json"):
+        peft_side.merged_by_us(tmp_path / "adapter", None, tmp_path / "out", base_values="dequantised")
+    layers = {f"model.layers.{n}.mlp.{name}": how for n in (0, 1) for name in ("up_proj", "gate_proj")}
+    (tmp_path / "adapter/quantisation.json").write_text(json.dumps(to_json(layers)))
+    before = peft_side.tensors_of(bases("llama"))
+    plain = peft_side.merged_by_us(tmp_path / "adapter", None, tmp_path / "original")
+    left = peft_side.merged_by_us(tmp_path / "adapter", None, tmp_path / "left", base_values="dequantised")
+    assert plain.base_values == "original" and left.base_values == "dequantised"
+    assert left.drift["dequantised"] == 0 < left.drift["original"] < 0.2
+    assert any("0 with the dequantised" in line for line in left.lines())
+    original, dequantised_ = peft_side.tensors_of(tmp_path / "original"), peft_side.tensors_of(tmp_path / "left")
+    gate = UP.replace("up", "gate") + ".weight"
+    assert torch.equal(original[gate], before[gate])
+    assert torch.equal(dequantised_[gate], dequantised(before[gate], how))
+    change = original[f"{UP}.weight"] - before[f"{UP}.weight"]
+    assert torch.allclose(dequantised_[f"{UP}.weight"], dequantised(before[f"{UP}.weight"], how) + change, atol=1e-6)
 
 
 def test_an_embedding_that_comes_with_the_adapter_stands_in_for_the_bases(bases, tmp_path):

@@ -20,11 +20,11 @@ def load(base: Path):
     return automatic.from_pretrained(base, dtype="auto")
 
 
-def adapt(base: Path, directory: Path, **config):
+def adapt(base: Path, directory: Path, seed: int = 1, **config):
     """A peft model over `base` with trained-looking adapters, saved in `directory`."""
     import peft
 
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     options = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "init_lora_weights": True, **config}
     model = peft.get_peft_model(load(base), peft.LoraConfig(**options))
     for name, parameter in model.named_parameters():

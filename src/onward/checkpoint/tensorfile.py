@@ -185,6 +185,15 @@ class TensorFileWriter:
         self._expect(spec_of(name, tensor))
         self._put(tensor_bytes(tensor))
 
+    def write_pieces(self, spec: TensorSpec, pieces: Iterable[torch.Tensor]) -> None:
+        """Write the next tensor in pieces of it, one behind the other."""
+        self._expect(spec)
+        end = self._size + spec.nbytes
+        for piece in pieces:
+            self._put(tensor_bytes(piece))
+        if self._size != end:
+            raise ValueError(f"{spec.name}: {end - self._size} bytes are missing")
+
     def copy(self, path: Path, entry: TensorEntry) -> None:
         """Write the next tensor with the bytes that it has in another file, without looking at them."""
         self._expect(TensorSpec(entry.name, entry.dtype, entry.shape))
@@ -260,6 +269,22 @@ def read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
     except OSError as error:
         raise DamageError(f"cannot be read ({error.strerror})", where=where) from None
     return values
+
+
+def read_rows(path: Path, entry: TensorEntry, rows: slice) -> torch.Tensor:
+    """Some rows of a tensor of at least one dimension, read-only."""
+    import torch
+
+    size = entry.nbytes // max(1, entry.shape[0])
+    try:
+        with path.open("rb", buffering=0) as file:
+            data = bytearray(size * (rows.stop - rows.start))
+            if os.preadv(file.fileno(), [data], entry.begin + size * rows.start) < len(data):
+                raise DamageError("truncated", where=f"{path}, tensor {entry.name}")
+    except OSError as error:
+        raise DamageError(f"cannot be read ({error.strerror})", where=f"{path}, tensor {entry.name}") from None
+    values = torch.frombuffer(data, dtype=torch_dtype(entry.dtype)) if data else torch.empty(0)
+    return values.reshape(-1, *entry.shape[1:])
 
 
 def tensor_of(content: mmap, entry: TensorEntry) -> torch.Tensor:

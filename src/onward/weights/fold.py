@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onward.checkpoint.tensorfile import TensorEntry, read_tensor, torch_dtype
+from onward.checkpoint.tensorfile import TensorEntry, read_rows, read_tensor, torch_dtype
 from onward.errors import InputError
 from onward.weights.lora import Lora
 from onward.weights.quantised import Quantisation, dequantised
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 FLOATS = ("F64", "F32", "F16", "BF16")
+PIECE, ROWS = 1 << 18, 32  # elements of a piece, about; rows, at least: products of few rows are summed in other ways
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,16 @@ class Drift:
         return {name: (getattr(self, name) / trained) ** 0.5 for name in ("original", "dequantised")}
 
 
-def fold(path: Path, entry: TensorEntry, change: Change, base_values: str) -> tuple[torch.Tensor, Drift]:
-    """The new value of a tensor of the base, of its type there, and how far it drifts from what was trained.
+def fold(
+    path: Path, entry: TensorEntry, change: Change, base_values: str, pool: Executor, ahead: int
+) -> tuple[Iterable[torch.Tensor], Drift]:
+    """The new value of a tensor of the base, of its type there, in pieces of whole rows; and how far it drifts from
+    what was trained.
 
-    `base_values`: of a layer that was quantised while its adapters trained, `original` takes the base's own value,
-    `dequantised` what quantisation had left of it. InputError where shapes do not fit, for a weight that is no float,
-    and for a result that is not finite.
+    A piece is small enough for a processor's cache; up to `ahead` are in the making, in `pool`. `base_values`: of a
+    layer that was quantised while its adapters trained, `original` takes the base's own value, `dequantised` what
+    quantisation had left of it. InputError where shapes do not fit, for a weight that is no float, and for a result
+    that is not finite.
     """
     import torch
 
@@ -72,59 +79,94 @@ def fold(path: Path, entry: TensorEntry, change: Change, base_values: str) -> tu
         raise InputError(f"was trained, but is {entry.dtype} in this base: give the unquantised one", where=where)
     dtype = torch_dtype(entry.dtype)
     wide = torch.promote_types(dtype, torch.float32)
+    additions = tuple(_read(addition, entry.shape, where) for addition in change.additions)
+    if change.value is None and not change.quantised and not any(addition.lora.embedding for addition in additions):
+        rows, columns = entry.shape
+
+        count = max(1, min(rows // ROWS, rows * columns // PIECE))
+
+        def piece(number: int) -> torch.Tensor:
+            part = slice(rows * number // count, rows * (number + 1) // count)
+            return _cast(added(read_rows(path, entry, part).to(wide), additions, part), dtype, where)
+
+        return in_order(pool, piece, range(count), ahead), Drift()
     value = change.value() if change.value else read_tensor(path, entry)
     if tuple(value.shape) != entry.shape:
         raise InputError(f"was trained as {tuple(value.shape)}, is {entry.shape} in the base", where=where)
     drift = Drift()
     if change.quantised:
-        original = added(value.to(wide), change.additions, where).to(dtype)
-        trained = added(dequantised(value, change.quantised).to(wide), change.additions, where)
+        original = added(value.to(wide), additions).to(dtype)
+        trained = added(dequantised(value, change.quantised).to(wide), additions)
         left = trained.to(dtype)
         drift = Drift(_square(original - trained), _square(left - trained), _square(trained))
         value = original if base_values == "original" else left
-    elif change.additions:
-        value = added(value.to(wide), change.additions, where)
-    value = value.to(dtype)
-    if not value.isfinite().all():
-        raise InputError(f"the merged weight is not finite in {entry.dtype}", where=where)
-    return value, drift
+    elif additions:
+        value = added(value.to(wide), additions)
+    return [_cast(value, dtype, where)], drift
 
 
 def _square(tensor: torch.Tensor) -> float:
     return float(tensor.double().square().sum())
 
 
-def added(base: torch.Tensor, additions: tuple[Addition, ...], where: str) -> torch.Tensor:
-    """PEFT's merge, in its order of operations, so that the bits are PEFT's. DoRA's lengths are those of the base and
-    its own addition, whatever was merged before.
-    """
+def _cast(value: torch.Tensor, dtype: torch.dtype, where: str) -> torch.Tensor:
     import torch
 
-    value = base
-    for addition in additions:
-        lora = addition.lora
-        product = _product(addition, tuple(base.shape), where).to(base.dtype)
-        if lora.magnitude is None:
-            value = product.add_(value)
-            continue
-        magnitude = addition.tensors[lora.magnitude].to(base.dtype)
-        lengths = torch.linalg.norm(base.T + product.T if lora.embedding else base + product, dim=1)
-        if magnitude.shape != lengths.shape:
-            raise InputError(f"magnitudes {tuple(magnitude.shape)} do not fit {tuple(base.shape)}", where=where)
-        factor = (magnitude / lengths).view((1, -1) if lora.embedding else (-1, 1))
-        value = factor * (value + product)
-    return value
+    if value.numel() and not torch.stack(torch.aminmax(value)).to(dtype).isfinite().all():
+        raise InputError(f"the merged weight is not finite in {str(dtype).removeprefix('torch.')}", where=where)
+    return value.to(dtype)
 
 
-def _product(addition: Addition, shape: tuple[int, ...], where: str) -> torch.Tensor:
-    """`scale * (B @ A)` in fp32."""
+def _read(addition: Addition, shape: tuple[int, ...], where: str) -> Addition:
+    """The addition with its tensors in memory, in fp32. InputError where they do not fit a weight of `shape`."""
     lora = addition.lora
-    a, b = addition.tensors[lora.a], addition.tensors[lora.b]
+    keys = [lora.a, lora.b, *([lora.magnitude] if lora.magnitude else [])]
+    tensors = {key: addition.tensors[key].float() for key in keys}
+    a, b = tensors[lora.a], tensors[lora.b]
     rows, columns = reversed(shape) if lora.embedding and len(shape) == 2 else (*shape, 0)[:2]
     if a.shape != (lora.rank, columns) or b.shape != (rows, lora.rank):
         raise InputError(
             f"rank {lora.rank} for a weight of {shape} does not fit A {tuple(a.shape)} and B {tuple(b.shape)}",
             where=where,
         )
-    product = b.float() @ a.float()
-    return (product.T if lora.embedding else product).contiguous().mul_(lora.scale)
+    if lora.magnitude and tensors[lora.magnitude].shape != (rows,):
+        raise InputError(f"magnitudes {tuple(tensors[lora.magnitude].shape)} do not fit {shape}", where=where)
+    return Addition(lora, tensors)
+
+
+def added(base: torch.Tensor, additions: tuple[Addition, ...], rows: slice = slice(None)) -> torch.Tensor:
+    """`rows` of a weight, and of what is added to it: PEFT's merge, in its order of operations, so that the bits are
+    PEFT's. DoRA's lengths are those of the base and its own addition, whatever was merged before.
+    """
+    import torch
+
+    value = base
+    for lora, tensors in ((addition.lora, addition.tensors) for addition in additions):
+        product = tensors[lora.b][rows] @ tensors[lora.a]
+        product = (product.T if lora.embedding else product).contiguous().mul_(lora.scale).to(base.dtype)
+        if lora.magnitude is None:
+            value = product.add_(value)
+            continue
+        magnitude = tensors[lora.magnitude][rows].to(base.dtype)
+        lengths = torch.linalg.norm(base.T + product.T if lora.embedding else base + product, dim=1)
+        factor = (magnitude / lengths).view((1, -1) if lora.embedding else (-1, 1))
+        value = factor * (value + product)
+    return value
+
+
+def summed(base: torch.Tensor, addition: Addition, where: str) -> torch.Tensor:
+    """A whole weight with one addition to it."""
+    return added(base, (_read(addition, tuple(base.shape), where),))
+
+
+def in_order(
+    pool: Executor, work: Callable[[int], torch.Tensor], items: Iterable[int], ahead: int
+) -> Iterator[torch.Tensor]:
+    """`work` of each item, in their order, up to `ahead` in the making."""
+    making: deque[Future[torch.Tensor]] = deque()
+    for item in items:
+        making.append(pool.submit(work, item))
+        if len(making) >= ahead:
+            yield making.popleft().result()
+    while making:
+        yield making.popleft().result()

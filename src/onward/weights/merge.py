@@ -6,7 +6,9 @@ cast once, to the type that the weight has in the base; what was not trained is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +25,7 @@ from onward.checkpoint.tensorfile import (
 )
 from onward.checkpoint.verify import problems_of
 from onward.errors import DamageError, InputError
-from onward.files import committed_directory, read_json, require_space
+from onward.files import committed_directory, fsync, read_json, require_space
 from onward.weights.fold import Addition, Change, Drift, fold
 from onward.weights.lora import changes_of, open_adapter
 from onward.weights.quantised import Quantisation, from_json
@@ -91,19 +93,23 @@ def merge(
             changes[f"{layer}.weight"] = replace(change, quantised=how)
     on_disk = _on_disk(base, shards, changes, to_canonical)
     drift = Drift()
-    files = []
-    for shard in shards:
-        specs = [TensorSpec(entry.name, entry.dtype, entry.shape) for entry in shard.entries.values()]
-        with TensorFileWriter(out / shard.path.name, specs, shard.metadata) as writer:
-            for entry in shard.entries.values():
-                if (todo := on_disk.get(entry.name)) is None:
-                    writer.copy(shard.path, entry)
-                else:
-                    value, apart = fold(shard.path, entry, todo, base_values)
-                    writer.write(entry.name, value)
-                    drift += apart
-        assert writer.record is not None
-        files.append(writer.record)
+    files, flushed = [], []
+    with one_thread_each() as (pool, threads), ThreadPoolExecutor(1) as flusher:
+        for shard in shards:
+            specs = {entry.name: TensorSpec(entry.name, entry.dtype, entry.shape) for entry in shard.entries.values()}
+            with TensorFileWriter(out / shard.path.name, specs.values(), shard.metadata) as writer:
+                for entry in shard.entries.values():
+                    if (todo := on_disk.get(entry.name)) is None:
+                        writer.copy(shard.path, entry)
+                    else:
+                        pieces, apart = fold(shard.path, entry, todo, base_values, pool, threads + 2)
+                        writer.write_pieces(specs[entry.name], pieces)
+                        drift += apart
+            assert writer.record is not None
+            files.append(writer.record)
+            flushed.append(flusher.submit(fsync, out / shard.path.name))  # while the next one is made
+        for shard_flushed in flushed:
+            shard_flushed.result()  # an error is told once: whoever commits would ask in vain
     entries = [entry for shard in shards for entry in shard.entries.values()]
     merged = sum(bool(change.additions) for change in on_disk.values())
     is_quantised = any(change.quantised for change in on_disk.values())
@@ -116,6 +122,20 @@ def merge(
         base_values=base_values if is_quantised else None,
         drift=drift.shares() if is_quantised else None,
     )
+
+
+@contextmanager
+def one_thread_each() -> Iterator[tuple[Executor, int]]:
+    """As many workers as torch has threads, each of which computes by itself; their number."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            yield pool, threads
+    finally:
+        torch.set_num_threads(threads)
 
 
 def merge_bytes(base: Path) -> int:

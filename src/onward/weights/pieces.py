@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from onward.checkpoint.save import Adapter
 from onward.checkpoint.tensorfile import read_tensor, torch_dtype
 from onward.errors import InputError
-from onward.weights.fold import Addition, added
+from onward.weights.fold import Addition, summed
 from onward.weights.lora import Lora, changes_of
 from onward.weights.shards import Shard
 
@@ -103,7 +103,7 @@ def _sum(under: Piece, lora: Lora, adapter: Adapter, name: str) -> torch.Tensor:
 
     value = under.read()
     wide = torch.promote_types(value.dtype, torch.float32)
-    return added(value.to(wide), (Addition(lora, adapter.tensors),), name)
+    return summed(value.to(wide), Addition(lora, adapter.tensors), name)
 
 
 class Once:
