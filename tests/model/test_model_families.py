@@ -125,6 +125,41 @@ def test_every_layout_leads_to_the_names_in_memory(models: Path, tmp_path: Path,
         assert torch.equal(parameter, ours[name])
 
 
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_configuration_as_the_hub_still_has_it(models: Path, tmp_path: Path, kind: str) -> None:
+    """Flat: the decoder's keys beside vision_config, mrope under rope_scaling; and a video processor's file."""
+    import shutil
+
+    from onward.data.encode import load_encoder
+
+    directory = shutil.copytree(models / kind, tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    text = config.pop("text_config")
+    rope = text.pop("rope_parameters")
+    flat = {**text, **config, "rope_theta": rope["rope_theta"], "transformers_version": "4.41.2"}
+    flat["rope_scaling"] = {"type": "mrope", "mrope_section": rope["mrope_section"]}
+    (directory / "config.json").write_text(json.dumps(flat))
+    (directory / "video_preprocessor_config.json").write_text(json.dumps({"video_processor_type": "Qwen2VLVideo"}))
+    ours = load_model(directory, precision="fp32", device="cpu").model
+    theirs = load_model(models / kind, precision="fp32", device="cpu").model
+    ids = torch.arange(10, 30)[None]
+    assert torch.equal(ours.eval()(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits)
+    assert load_encoder(directory, max_length=99, overlong="error", loss_on="assistant", date="2026-01-31").vision
+
+
+def test_an_internvl_that_does_not_say_whether_it_is_tied(models: Path, tmp_path: Path) -> None:
+    """transformers' default says tied; the files hold a head of their own, and that counts."""
+    import shutil
+
+    directory = shutil.copytree(models / "internvl", tmp_path / "model")
+    config = json.loads((directory / "config.json").read_text())
+    assert config.pop("tie_word_embeddings") is False
+    (directory / "config.json").write_text(json.dumps(config))
+    loaded = load_model(directory, precision="fp32", device="cpu")
+    assert not loaded.directory.tied
+    assert not torch.equal(loaded.model.lm_head.weight, loaded.model.get_input_embeddings().weight)
+
+
 def test_a_parameter_of_no_module_is_refused(models: Path, tmp_path: Path) -> None:
     import shutil
 

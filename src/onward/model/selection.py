@@ -110,6 +110,12 @@ def select(
     for key, train in stage.train.items():
         mine = [name for name, owned_by in owner.items() if owned_by == key]
         _no_experts(train, mine, family, where[key])
+        if train.quantised_bits and any(family.is_expert(name) for name in shapes):
+            raise PlanError(
+                "a mixture of experts cannot be quantised while it is loaded: the files hold each expert by itself",
+                where=where[key],
+                hint="say mode: lora instead",
+            )
         if train.mode == "full":
             full += mine
             groups += _groups(key, stage, train, {name: shapes[name] for name in mine}, shapes, where[key])
