@@ -56,7 +56,8 @@ def test_version():
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "check", "schema", "prove", "pin", "status", "inspect", "verify", "diff", "merge", "evaluate"]
+    "command",
+    ["run", "check", "schema", "prove", "pin", "status", "inspect", "verify", "diff", "merge", "evaluate", "chat"],
 )
 def test_every_command_has_help_with_an_example(command):
     done = onward(command, "--help")

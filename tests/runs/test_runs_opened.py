@@ -92,3 +92,13 @@ def test_what_is_no_model_is_said(place, tmp_path):
     weights.write_bytes(weights.read_bytes()[:-1] + b"\0")
     said = onward("evaluate", damaged, *data)
     assert said.status == 1 and "model.safetensors" in said.err
+
+
+def test_an_output_in_parts_is_measured_as_the_whole_that_it_is(place):
+    run = place / "parts"
+    done("run", place / "plan.yaml", "stages.adapt.output=parts", "--run", run)
+    measured = [json.loads(line) for line in (run / "journal.jsonl").read_text().splitlines()]
+    values = [event["values"]["loss"] for event in measured if event["event"] == "measured"]
+    assert values[1] == pytest.approx(row(place, "adapt", 4), rel=1e-5)
+    assert loss(place, run / "stages/2-adapt/output") == pytest.approx(values[1], rel=1e-6)
+    assert not list(run.rglob("onward-whole-*"))

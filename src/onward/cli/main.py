@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from onward import __version__
-from onward.cli import branch, bring, check, look, models, parts, prove, run
+from onward.cli import branch, bring, chat, check, look, models, parts, prove, run
 from onward.cli.output import abandon
 from onward.cli.parser import Parser
 from onward.errors import Interrupted, OnwardError, PlanError
@@ -59,7 +59,7 @@ def _command(words: list[str]) -> int:
     parser = Parser(prog="onward", description=ABOUT, epilog=EXIT_STATUS)
     parser.add_argument("--version", action="version", version=f"onward {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for group in (run, check, prove, branch, look, models, bring, parts):
+    for group in (run, check, prove, branch, look, models, chat, bring, parts):
         group.add_commands(commands)
     if not words:
         parser.print_help(sys.stderr)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from onward.data.batches import collate
@@ -69,12 +70,51 @@ def _accepted(row: Mapping[str, Any], prompt: Prompt, origin: Origin) -> tuple[s
     return tuple(answer.strip() for answer in given)
 
 
-def _generate(model: Any, encoder: Encoder, samples: Sequence[Encoded], max_new_tokens: int) -> list[str]:
+def reply(
+    model: Any,
+    encoder: Encoder,
+    messages: Sequence[Mapping[str, Any]],
+    folder: Path,
+    max_new_tokens: int,
+    *,
+    temperature: float,
+    seed: int,
+    write: Callable[[str], None],
+) -> str:
+    """The model's answer to a conversation, which `write` gets piece by piece as it comes.
+
+    Greedy at a temperature of 0; above it drawn from all tokens, by `seed`. Image paths are relative to `folder`.
+    InputError for messages that this model does not take.
+    """
+    import torch
+    from transformers import TextStreamer
+
+    class Pieces(TextStreamer):  # type: ignore[misc]
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            write(text)
+
+    origin = Origin("the conversation", "the conversation", folder)
+    inputs = _prompt(encoder, {"messages": [*messages, {"role": "assistant", "content": ""}]}, origin).inputs
+    pieces = Pieces(encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with evaluating(model):
+        torch.manual_seed(seed)
+        return _generate(model, encoder, [inputs], max_new_tokens, temperature=temperature, streamer=pieces)[0]
+
+
+def _generate(
+    model: Any,
+    encoder: Encoder,
+    samples: Sequence[Encoded],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    streamer: Any = None,
+) -> list[str]:
     from transformers import GenerationConfig
 
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,
+        **({"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}),
         num_beams=1,
         repetition_penalty=1.0,
         eos_token_id=_end_tokens(model, encoder),
@@ -84,7 +124,7 @@ def _generate(model: Any, encoder: Encoder, samples: Sequence[Encoded], max_new_
     del batch["labels"]
     device = next(model.parameters()).device
     inputs = {name: tensor.to(device) for name, tensor in batch.items()}
-    tokens = model.generate(**inputs, generation_config=config)[:, batch["input_ids"].shape[1] :]
+    tokens = model.generate(**inputs, generation_config=config, streamer=streamer)[:, batch["input_ids"].shape[1] :]
     return [text.strip() for text in encoder.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
 

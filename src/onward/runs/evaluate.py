@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +14,10 @@ from onward.files import write_durably
 from onward.plan.functions import require_arguments
 from onward.plan.schema import ANSWER_METRICS, TARGET_METRICS
 from onward.plan.suggest import closest
-from onward.runs.opened import find_model, load_named
+from onward.runs.opened import encoder_of, find_model, load_named
 
 if TYPE_CHECKING:
     from onward.evaluate.generate import Answer
-
-LONGEST = 1 << 20  # tokens: nothing is cut while measuring
 
 
 @dataclass(frozen=True)
@@ -67,15 +64,13 @@ def evaluate(
 
     import torch
 
-    from onward.data.encode import load_encoder
     from onward.data.prepare import ResolvedSource, prepare
     from onward.engine.single import Single
     from onward.evaluate.measure import measure, predict
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = "bf16" if device == "cuda" else "fp32"
-    today = date.today().isoformat()
-    encoder = load_encoder(named.base, max_length=LONGEST, overlong="error", loss_on="assistant", date=today)
+    encoder = encoder_of(named)
     prepared = prepare([ResolvedSource(path) for path in data], encoder, on_bad_sample="stop")
     loaded = load_named(named, precision=precision, device=device)
     how: dict[str, Any] = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onward.checkpoint.manifest import MANIFEST, read_manifest
 from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS
@@ -14,24 +16,36 @@ from onward.files import read_json, read_jsonl
 from onward.model.directory import open_model_directory
 from onward.plan.load import plan_from
 from onward.plan.lock import locked_plan, plan_values
+from onward.plan.schema import Images
 from onward.runs.begin import open_lock, plan_file
 from onward.runs.directory import RunDirectory
 from onward.runs.outputs import Start, beside_base, quantised_under, start_of, verified_output
 from onward.runs.reference import Reference, find_checkpoint, parse_reference
-from onward.runs.resolve import model_directory
+from onward.runs.resolve import chat_template_of, model_directory
+from onward.weights.shards import PARTS
+from onward.weights.split import join
+
+if TYPE_CHECKING:
+    from onward.data.encode import Encoder
+
+LONGEST = 1 << 20  # tokens: nothing is cut
+TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
 class Named:
     """What a name stands for, nothing of it loaded: the model `base`, and an `adapter` or a `checkpoint` beside it.
 
-    `base` holds the tokenizer and the chat template too.
+    `base` holds the tokenizer and, unless `chat_template` is the text of another, the template too. `images`: the
+    limits with which a checkpoint trained.
     """
 
     base: Path
     adapter: Path | None = None
     start: Start | None = None
     checkpoint: Reference | None = None
+    images: Images | None = None
+    chat_template: str | None = None
 
 
 def find_model(name: str, base: str | None = None) -> Named:
@@ -52,12 +66,14 @@ def find_model(name: str, base: str | None = None) -> Named:
             return _of_run(Reference(path.absolute().parents[3], manifest.stage, manifest.step))
         verified_output(path)
     if not (path / ADAPTER_CONFIG).is_file():
-        open_model_directory(path)
+        if not (path / PARTS).is_file():
+            open_model_directory(path)
         return Named(path)
     named = base or read_json(path / ADAPTER_CONFIG).get("base_model_name_or_path")
     for found in (Path(named), path / named) if named else ():  # a run names its own outputs relatively
         if (found / "config.json").is_file():
-            return Named(found, adapter=path)
+            own = path / TEMPLATE
+            return Named(found, adapter=path, chat_template=own.read_text() if own.is_file() else None)
     reason = f"names {named} as its base, which is no directory here" if named else "names no base"
     raise PlanError(reason, where=name, hint="give it with --base DIR")
 
@@ -75,7 +91,24 @@ def _of_run(reference: Reference) -> Named:
     loaded = plan_from(plan_values(locked_plan(lock)), {}, plan_file(run, read_jsonl(run.journal)))
     names = [stage.name for stage in loaded.plan.stages]
     start = start_of(run, lock, names, names.index(reference.stage), model_directory(loaded))
-    return Named(start.base, start=start, checkpoint=reference)
+    images, template = loaded.plan.stages[names.index(reference.stage)].images, chat_template_of(loaded)
+    return Named(start.base, start=start, checkpoint=reference, images=images, chat_template=template)
+
+
+def encoder_of(named: Named) -> Encoder:
+    """The model's encoder, which cuts nothing; a template that prints the date prints today's."""
+    from onward.data.encode import load_encoder
+    from onward.data.vision import ImageLimits
+
+    return load_encoder(
+        named.base,
+        max_length=LONGEST,
+        overlong="error",
+        loss_on="assistant",
+        date=date.today().isoformat(),
+        images=ImageLimits(**dict(named.images)) if named.images else None,
+        chat_template=named.chat_template,
+    )
 
 
 def load_named(named: Named, *, precision: str, device: str) -> Any:
@@ -87,6 +120,10 @@ def load_named(named: Named, *, precision: str, device: str) -> Any:
     from onward.model.selection import Selection
     from onward.model.trainable import make_trainable
 
+    if (named.base / PARTS).is_file():
+        with tempfile.TemporaryDirectory(prefix="onward-whole-", dir=named.base.parent) as whole:
+            join(named.base, Path(whole))
+            return load_named(replace(named, base=Path(whole)), precision=precision, device=device)
     if named.checkpoint and named.start:
         checkpoint = find_checkpoint(named.checkpoint)
         if checkpoint.manifest.base != named.start.fingerprint:

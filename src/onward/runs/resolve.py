@@ -56,7 +56,7 @@ def resolve(loaded: LoadedPlan, starts: Collection[str] = ()) -> Resolved:
     stages = []
     template = None
     try:
-        template = _chat_template(loaded)
+        template = chat_template_of(loaded)
     except PlanError as error:
         problems.append(str(error))
     carried: dict[str, LoraLayer] = {}
@@ -144,7 +144,7 @@ def _source(loaded: LoadedPlan, source: Source, key: tuple[str | int, ...]) -> R
     return ResolvedSource(path, source.repeat, source.augment, source.fingerprint, source.format, columns)
 
 
-def _chat_template(loaded: LoadedPlan) -> str | None:
+def chat_template_of(loaded: LoadedPlan) -> str | None:
     """The text of the plan's chat template: one of onward's own by name, or a file."""
     from onward.data.template import TEMPLATES, named_templates
 
