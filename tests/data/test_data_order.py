@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from onward.data.order import Epochs, Mix, position_to_index
+from onward.data.order import Epochs, Mix, Weighted, position_to_index
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 97, 256, 257, 1000, 65_536, 65_537, 1_000_000])
@@ -111,3 +111,50 @@ def test_order_differs_by_epoch_and_seed_and_not_by_batch_size():
     mix = Mix(rows=(50,), repeats=(1.0,))
     assert epoch_of(mix, 0, batch=50) == epoch_of(mix, 0, batch=7)
     assert len({tuple(epoch_of(mix, epoch, seed)) for epoch in (0, 1) for seed in (1, 2)}) == 4
+
+
+MIXED = Weighted(rows=(10, 1000, 3), weights=(1, 2.5, 0.01))
+CHANCE = {"seed": 3, "stage": "sft", "fingerprint": "f"}
+
+
+def test_weights_hold_over_every_stretch():
+    drawn = [draw.source for draw in MIXED.draws(np.arange(5000), **CHANCE)]
+    for end in (500, 1000, 5000):
+        counts = np.bincount(drawn[:end], minlength=3)
+        assert abs(counts - end * np.array([1, 2.5, 0.01]) / 3.51).max() < 60
+    assert len(set(drawn[:20])) > 1, "mixed, not one after the other"
+
+
+def test_each_source_is_walked_through_pass_after_pass():
+    draws = MIXED.draws(np.arange(5000), **CHANCE)
+    for source, rows in enumerate(MIXED.rows):
+        own = [(draw.occurrence, draw.row) for draw in draws if draw.source == source]
+        passes = [[row for turn, row in own if turn == number] for number in range(max(own)[0] + 1)]
+        assert all(sorted(rows_seen) == list(range(rows)) for rows_seen in passes[:-1])
+        assert len(set(passes[-1])) == len(passes[-1])
+        assert rows > 3 or len({tuple(seen) for seen in passes[:-1]}) > 1 or len(passes) < 3
+        if rows == 10:
+            assert passes[0] != passes[1] and len(passes) > 100
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.floats(0.001, 10)), min_size=1, max_size=5),
+    st.integers(0, 10**9),
+    st.integers(1, 300),
+)
+def test_a_place_in_the_stream_is_a_function_of_itself_alone(sources, begin, count):
+    mix = Weighted(tuple(rows for rows, _ in sources), tuple(weight for _, weight in sources))
+    together = mix.draws(np.arange(begin, begin + count), **CHANCE)
+    assert mix.draws(np.array([begin + count - 1]), **CHANCE) == together[-1:]
+    assert all(0 <= draw.row < mix.rows[draw.source] for draw in together)
+    seen = [(draw.source, draw.occurrence, draw.row) for draw in together]
+    assert len(set(seen)) == len(seen), "no row twice in one pass"
+
+
+def test_other_seeds_stages_and_data_mix_in_another_way():
+    orders = {
+        tuple(MIXED.draws(np.arange(50), **{**CHANCE, **other}))
+        for other in ({}, {"seed": 4}, {"stage": "s"}, {"fingerprint": "g"})
+    }
+    assert len(orders) == 4

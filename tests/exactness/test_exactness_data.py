@@ -41,6 +41,10 @@ VARIANTS = {
         "model": "llava", "top": "", "data": "llava.parquet", "held_out": "llava.parquet", "length": "epochs: 2",
         "more": "packing: true",
     },
+    "weights": {
+        "data": "[{path: sharegpt.parquet, weight: 3}, {path: alpaca.json, weight: 0.5}, {path: saved, weight: 1}]",
+        "held_out": "saved", "length": "steps: 8",
+    },
     "as they come": {
         "data": "alpaca.json", "held_out": "saved", "length": "steps: 7", "more": "sort_by_length: false",
     },
@@ -51,7 +55,7 @@ VARIANTS = {
         "model": "llava", "top": "", "data": "llava.parquet", "held_out": "llava.parquet", "length": "epochs: 2",
     },
 }  # fmt: skip
-FEW = ("all kinds", "packed images")
+FEW = ("all kinds", "packed images", "weights")
 """What `make test` takes of them."""
 
 

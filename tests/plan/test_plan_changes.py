@@ -296,6 +296,7 @@ def test_every_key_that_breaks_has_its_cost_in_a_fork():
         "batch_size",
         "data",
         "data.*.repeat",
+        "data.*.weight",
         "data.*.augment",
         "data.*.fingerprint",
         "max_length",

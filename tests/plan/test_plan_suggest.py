@@ -64,7 +64,7 @@ LEVELS = {
         ("stage", "seed", "belongs in the top of the plan"),
         ("stage", "num_train_epoch", "did you mean epochs?"),  # a misspelt foreign spelling
         ("optimizer", "adam_beta2", "did you mean betas?"),
-        ("data", "wieght_zzz", "the keys here are augment, columns, fingerprint, format, path, repeat"),
+        ("data", "wieght_zzz", "the keys here are augment, columns, fingerprint, format, path, repeat, weight"),
     ],
 )
 def test_advice(level, key, says):

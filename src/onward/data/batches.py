@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from onward.data.augment import augmented
 from onward.data.encode import Encoder
 from onward.data.layout import Layout, micro_batches
-from onward.data.order import Draw, Epochs
+from onward.data.order import Draw
 from onward.data.prepare import StageData
 from onward.data.samples import BadSample, Encoded
 from onward.data.workers import made_by
@@ -137,7 +137,7 @@ class _Steps(Dataset[StepBatch]):
 
     data: StageData
     encoder: Encoder
-    epochs: Epochs
+    batch_size: int
     micro_batch_size: int
     layout: Layout
     seed: int
@@ -150,7 +150,7 @@ class _Steps(Dataset[StepBatch]):
 
     def __getitem__(self, number: int) -> StepBatch:
         step = self.first + number
-        place = self.epochs.place(step)
+        place = self.data.place(step, self.batch_size)
         positions = np.arange(place.position, place.position + place.count)
         draws = self.data.draws(place.epoch, positions, seed=self.seed, stage=self.stage)
         samples, skipped = _samples(self.data, self.encoder, draws, (self.seed, self.stage, place.epoch))
@@ -182,8 +182,7 @@ def step_batches(
     InputError when a sample cannot be used and `on_bad_sample` is "stop", or a worker died; DamageError when a file has
     changed.
     """
-    epochs = Epochs(data.samples_per_epoch, batch_size)
-    steps = _Steps(data, encoder, epochs, micro_batch_size, layout, seed, stage, first_step, last_step)
+    steps = _Steps(data, encoder, batch_size, micro_batch_size, layout, seed, stage, first_step, last_step)
     hint = "it was killed, probably for want of memory: set workers lower, or to 0; the run continues where it was"
     yield from made_by(workers, steps, hint)
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +22,9 @@ ROUNDS = 8
 GOLDEN = 0x9E3779B97F4A7C15
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 WORD = (1 << 64) - 1
+
+BLOCK = 256
+"""Positions over which sources with weights have just their shares."""
 
 Indices = NDArray[np.int64]
 
@@ -125,4 +131,48 @@ class Mix:
                 turn = (epoch * self._extra(rows, repeat) + row) % rows
                 row = int(position_to_index(np.array([turn]), rows, subset)[0])
             draws.append(Draw(source, row, occurrence))
+        return draws
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Several sources as one stream without end, in which source i has its share `weights[i] / sum(weights)`.
+
+    The stream is cut into blocks; each has the sources in just their shares (what is left over of a sample goes to a
+    later block), in an order of its own. A source is walked through by permutations, pass after pass.
+    """
+
+    rows: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def shares(self) -> list[Fraction]:
+        """Exact, so that counts are whole numbers at any position."""
+        weights = [Fraction(weight) for weight in self.weights]
+        return [weight / sum(weights) for weight in weights]
+
+    def draws(self, positions: Indices, *, seed: int, stage: str, fingerprint: str) -> list[Draw]:
+        """The samples at `positions` of the stream; `occurrence` is the pass over their source (from 0)."""
+        ends = list(accumulate(self.shares))
+        block = max(BLOCK, math.ceil(1 / min(self.shares)))  # so that every source is in every block
+
+        def before(number: int) -> Indices:
+            """How many samples of each source lie before a block."""
+            return np.diff([math.floor(number * block * end) for end in ends], prepend=0)
+
+        @cache
+        def sources(number: int) -> Indices:
+            """The sources of a block's samples."""
+            mixed = position_to_index(np.arange(block), block, derive(seed, stage, "mix", number, fingerprint))
+            return np.searchsorted(np.cumsum(before(number + 1) - before(number)), mixed, side="right")
+
+        draws = []
+        for position in positions.tolist():
+            number, place = divmod(position, block)
+            source = int(sources(number)[place])
+            taken = int(before(number)[source]) + int((sources(number)[:place] == source).sum())
+            turn, index = divmod(taken, self.rows[source])
+            key = derive(seed, stage, "order", source, turn, fingerprint)
+            row = position_to_index(np.array([index]), self.rows[source], key)
+            draws.append(Draw(source, int(row[0]), turn))
         return draws

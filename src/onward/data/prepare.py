@@ -21,7 +21,7 @@ from onward.cache import cached_digest, remembered
 from onward.data.augment import find_augment
 from onward.data.encode import Encoder
 from onward.data.kinds import Kind
-from onward.data.order import Draw, Indices, Mix
+from onward.data.order import Draw, Epochs, Indices, Mix, StepPlace, Weighted
 from onward.data.reading import Rows, recognise
 from onward.data.samples import BadSample, Origin
 from onward.data.sources import open_rows
@@ -41,13 +41,14 @@ SHARED, MOST_WORKERS = 4096, 16
 
 @dataclass(frozen=True)
 class ResolvedSource:
-    """A source of the plan, its path resolved. `augment`: "module:function" or None. `fingerprint`: what counts of its
-    images, names and sizes (`listing`) or bytes (`full`). `format`: the kind of its rows, None where they shall tell;
-    `columns`: (theirs, ours).
+    """A source of the plan, its path resolved. `weight` or `repeat` says how much of it is taken. `augment`:
+    "module:function" or None. `fingerprint`: what counts of its images, names and sizes (`listing`) or bytes (`full`).
+    `format`: the kind of its rows, None where they shall tell; `columns`: (theirs, ours).
     """
 
     path: Path
     repeat: float = 1.0
+    weight: float | None = None
     augment: str | None = None
     fingerprint: Literal["listing", "full"] = "listing"
     format: Kind | None = None
@@ -63,12 +64,14 @@ class SourceRows:
     tokens: NDArray[np.int32]
     targets: NDArray[np.int32]
     repeat: float
+    weight: float | None
     augment: str | None
 
 
 @dataclass(frozen=True)
 class StageData:
-    """What a stage trains on. `fingerprint`: the files' content, image names and sizes, repeats, rows used.
+    """What a stage trains on. `fingerprint`: the files' content, how they are read, image names and sizes, repeats or
+    weights, rows used.
 
     `skipped`: (sample id, reason) of what is left out. Counts of tokens are those before any augmentation.
     """
@@ -83,6 +86,12 @@ class StageData:
         return Mix(tuple(len(source.used) for source in self.sources), tuple(source.repeat for source in self.sources))
 
     @property
+    def weighted(self) -> Weighted | None:
+        """The sources by their weights, where they have some: then they are a stream without epochs."""
+        weights = [source.weight for source in self.sources if source.weight is not None]
+        return Weighted(self.mix.rows, tuple(weights)) if weights else None
+
+    @property
     def rows(self) -> int:
         """Usable rows, each counted once."""
         return sum(self.mix.rows)
@@ -93,21 +102,37 @@ class StageData:
 
     @property
     def tokens_per_epoch(self) -> int:
-        """Expected, where a fraction of a source is drawn."""
-        return round(sum(source.repeat * int(source.tokens.sum(dtype=np.int64)) for source in self.sources))
+        """Expected, where a fraction of a source is drawn or weights are given."""
+        return self._expected([source.tokens for source in self.sources])
 
     @property
     def targets_per_epoch(self) -> int:
-        """Expected, where a fraction of a source is drawn."""
-        return round(sum(source.repeat * int(source.targets.sum(dtype=np.int64)) for source in self.sources))
+        """Expected, as the tokens are."""
+        return self._expected([source.targets for source in self.sources])
+
+    def _expected(self, counts: Sequence[NDArray[np.int32]]) -> int:
+        taken = [source.repeat for source in self.sources]
+        if weighted := self.weighted:
+            taken = [
+                float(share) * self.rows / rows for share, rows in zip(weighted.shares, self.mix.rows, strict=True)
+            ]
+        return round(sum(times * int(count.sum(dtype=np.int64)) for times, count in zip(taken, counts, strict=True)))
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sample."""
         return max(int(source.tokens.max()) for source in self.sources)
 
+    def place(self, step: int, batch_size: int) -> StepPlace:
+        """What a step (from 1) takes."""
+        if self.weighted:
+            return StepPlace(0, (step - 1) * batch_size, batch_size)
+        return Epochs(self.samples_per_epoch, batch_size).place(step)
+
     def draws(self, epoch: int, positions: Indices, *, seed: int, stage: str) -> list[Draw]:
         """Which samples stand at `positions` of an epoch (from 0)."""
+        if weighted := self.weighted:
+            return weighted.draws(positions, seed=seed, stage=stage, fingerprint=self.fingerprint)
         return self.mix.draws(epoch, positions, seed=seed, stage=stage, fingerprint=self.fingerprint)
 
     def origin(self, draw: Draw) -> Origin:
@@ -155,13 +180,14 @@ def prepare(
         if Mix((len(used),), (source.repeat,)).samples_per_epoch == 0 and not fatal:
             reason = f"{len(used)} of {len(file)} rows are usable, repeat is {source.repeat:g}"
             raise InputError(f"gives no samples: {reason}", where=str(source.path))
-        opened.append(SourceRows(file, used, tokens[used], targets[used], source.repeat, source.augment))
+        opened.append(SourceRows(file, used, tokens[used], targets[used], source.repeat, source.weight, source.augment))
         identities.append(
             {
                 "content": file.digest,
                 "media": [_identity(file.folder / name, name, size, source) for name, size, _ in media],
                 "read": asdict(reading),
                 "repeat": source.repeat,
+                "weight": source.weight,
                 "rows": digest_bytes(used.astype("<i8").tobytes()),
             }
         )

@@ -139,12 +139,22 @@ class Source(Strict):
     )
     columns: dict[str, str] = Field({}, description="columns that go by other names: theirs → ours")
     repeat: Positive = Field(1.0, description="times an epoch; a fraction is a seeded subset, another one each epoch")
+    weight: Positive | None = Field(
+        None,
+        description="instead of repeat, in a stage whose length is in steps: its share of the samples, of all weights",
+    )
     augment: str | None = Field(
         None, description="module:function of yours, called with (sample, random.Random), returning the sample"
     )
     fingerprint: Literal["listing", "full"] = Field(
         "listing", description="what the lock holds of its images: names and sizes, or every byte"
     )
+
+    @model_validator(mode="after")
+    def _repeat_or_weight(self) -> Source:
+        if self.weight is not None and self.repeat != 1:
+            raise ValueError("give repeat or weight, not both")
+        return self
 
 
 class Optimizer(Strict):
@@ -371,6 +381,15 @@ class Stage(Shared):
         least = self.schedule.min_learning_rate
         if least is not None and least > self.learning_rate:
             raise ValueError(f"schedule.min_learning_rate {least:g} is above learning_rate {self.learning_rate:g}")
+        return self
+
+    @model_validator(mode="after")
+    def _weights_of_all(self) -> Stage:
+        weights = [source.weight for source in self.data if source.weight is not None]
+        if weights and self.steps is None:
+            raise ValueError("weight needs a length in steps: with epochs say how often a source is seen, repeat")
+        if weights and len(weights) < len(self.data):
+            raise ValueError("give every source a weight, or none")
         return self
 
     @model_validator(mode="after")

@@ -56,7 +56,7 @@ class GroupCheck:
 
 @dataclass(frozen=True)
 class SourceCheck:
-    """One source: how its rows are read, how many there are, what an epoch takes of them."""
+    """One source: how its rows are read, how many there are, what is taken of them."""
 
     path: str
     format: str
@@ -242,17 +242,7 @@ def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> Sta
             GroupCheck(g.name, len(g.parameters), g.count, g.learning_rate, g.weight_decay, g.start_step)
             for g in selection.groups
         ),
-        sources=tuple(
-            SourceCheck(
-                s.path,
-                rows.file.reading.kind,
-                dict(rows.file.reading.columns),
-                len(rows.file),
-                len(rows.used),
-                f", {rows.repeat:g} times an epoch" if rows.repeat != 1 else "",
-            )
-            for s, rows in zip(plan.data, inputs.data.sources, strict=True)
-        ),
+        sources=tuple(_sources(plan, inputs)),
         samples=inputs.data.samples_per_epoch,
         epochs=plan.epochs,
         steps=inputs.total_steps,
@@ -272,6 +262,17 @@ def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> Sta
         memory_bytes=round(frozen + trained * (2 * FP32 + state)),
         seconds=operations(shapes, selection.full, tokens, targets) / rate,
     )
+
+
+def _sources(plan: Stage, inputs: StageInputs) -> Iterator[SourceCheck]:
+    samples, weighted = inputs.total_steps * plan.batch_size, inputs.data.weighted
+    for number, (source, rows) in enumerate(zip(plan.data, inputs.data.sources, strict=True)):
+        share = f", {rows.repeat:g} times an epoch" if rows.repeat != 1 else ""
+        if weighted:
+            part = float(weighted.shares[number])
+            share = f", {part:.1%} of the samples: each {part * samples / len(rows.used):.3g} times"
+        reading = rows.file.reading
+        yield SourceCheck(source.path, reading.kind, dict(reading.columns), len(rows.file), len(rows.used), share)
 
 
 def _kept(plan: CheckpointPlan, stage: Stage, steps: int) -> int:

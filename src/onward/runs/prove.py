@@ -188,14 +188,15 @@ def _lengths(loaded: LoadedPlan, steps: int, note: Callable[[str], None]) -> lis
 def _length(stage: Stage, mix: Mix, steps: int) -> Length:
     """Two epochs or more, of half the steps each where the data allow it, the last step of an epoch a shorter one."""
     key, counts = f"stages.{stage.name}", mix.counts()
+    is_stream = any(source.weight for source in stage.data)  # then there are no epochs: half the steps stand for one
     wanted = (steps // 2 - 1) * stage.batch_size + max(1, stage.batch_size // 2)
     overrides = []
-    if sum(counts) > wanted:
+    if sum(counts) > wanted and not is_stream:
         counts = [max(1, round(wanted * count / sum(counts))) for count in counts]
         overrides = [
             f"{key}.data.{i}.repeat={n / rows!r}" for i, (n, rows) in enumerate(zip(counts, mix.rows, strict=True))
         ]
-    per_epoch = math.ceil(sum(counts) / stage.batch_size)
+    per_epoch = steps // 2 if is_stream else math.ceil(sum(counts) / stage.batch_size)
     epochs = max(2, math.ceil(steps / per_epoch))
     overrides.append(f"{key}.epochs={epochs}" if stage.epochs else f"{key}.steps={epochs * per_epoch}")
     if stage.evaluate:

@@ -141,7 +141,9 @@ def _source(loaded: LoadedPlan, source: Source, key: tuple[str | int, ...]) -> R
     except PlanError as error:
         raise PlanError(f"{error.message}: {error.where}", where=loaded.where(*key), hint=error.hint) from None
     columns = tuple(source.columns.items())
-    return ResolvedSource(path, source.repeat, source.augment, source.fingerprint, source.format, columns)
+    return ResolvedSource(
+        path, source.repeat, source.weight, source.augment, source.fingerprint, source.format, columns
+    )
 
 
 def chat_template_of(loaded: LoadedPlan) -> str | None:
