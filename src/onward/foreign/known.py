@@ -6,7 +6,7 @@ from pathlib import Path
 
 from onward.errors import DamageError, InputError
 from onward.files import read_json
-from onward.foreign import dcp, deepspeed, huggingface, mmengine, peft, single_file, trainer
+from onward.foreign import dcp, deepspeed, huggingface, mmengine, parts, peft, single_file, trainer
 from onward.foreign.description import Description
 from onward.foreign.layouts import describe as layouts
 from onward.foreign.stored import open_file, stored_in
@@ -16,6 +16,7 @@ KINDS = (
     trainer.recognise,  # a checkpoint holds a model or an adapter, and may hold a ZeRO directory
     deepspeed.recognise,
     dcp.recognise,
+    parts.recognise,
     peft.recognise,  # before models: an adapter may lie beside a config.json
     layouts.recognise,  # their config.json is transformers' too
     huggingface.recognise,

@@ -10,6 +10,7 @@ from typing import Any
 from onward.errors import InputError
 from onward.foreign.contents import as_step, part_of, weights_facts
 from onward.foreign.description import Description
+from onward.foreign.parts import weights_command
 from onward.foreign.pickles import LazyTensor, is_pickle, open_pickle
 from onward.foreign.python_config import find_all, parse_config
 from onward.foreign.stored import Lazy
@@ -63,7 +64,9 @@ def describe(path: Path, value: Mapping[str, Any]) -> Description | None:
     if is_pretraining:
         facts["what it is for"] = "a projector alone: the first stage of a LLaVA, which a second stage starts from"
     is_xtuner = "xtuner" in str(meta.get("cfg", "")).lower()
-    more = "" if not missing else " (starts a new stage from weights)"
+    next_command = f"onward import {path} --plan PLAN --run RUN"
+    if missing:
+        next_command = f"{weights_command(path, tensors) or next_command} (starts a new stage from weights)"
     return Description(
         str(path),
         "training checkpoint, one file",
@@ -72,7 +75,7 @@ def describe(path: Path, value: Mapping[str, Any]) -> Description | None:
         continues_exactly=not missing,
         missing=tuple(missing),
         likely_cause=cause,
-        next_command=f"onward import {path} --plan PLAN --run RUN{more}",
+        next_command=next_command,
     )
 
 

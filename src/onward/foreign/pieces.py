@@ -12,6 +12,7 @@ from onward.errors import DamageError, InputError, PlanError
 from onward.files import read_json
 from onward.foreign.layouts.source import PICKLE, PICKLE_INDEX, open_tensors
 from onward.foreign.pickles import LazyTensor, is_pickle, read_state_dict
+from onward.foreign.stored import Lazy
 from onward.weights.lora import open_adapter
 from onward.weights.pieces import Piece, stored_pieces
 from onward.weights.shards import INDEX, SINGLE, Shard
@@ -35,8 +36,8 @@ class LazyTensors(Mapping[str, Any]):
         return len(self._tensors)
 
 
-def pickled_pieces(tensors: Mapping[str, LazyTensor], path: Path) -> dict[str, Piece]:
-    """The tensors of a pickle, which lies at `path`."""
+def lazy_pieces(tensors: Mapping[str, Lazy], path: Path) -> dict[str, Piece]:
+    """Tensors that another tool left at `path`."""
     return {name: Piece(tensor.dtype, tensor.shape, str(path), tensor.read) for name, tensor in tensors.items()}
 
 
@@ -57,7 +58,7 @@ def file_pieces(path: Path) -> dict[str, Piece]:
     if path.suffix == ".safetensors":
         return stored_pieces([Shard(path, *read_header(path))])
     if is_pickle(path):
-        return pickled_pieces(read_state_dict(path), path)
+        return lazy_pieces(read_state_dict(path), path)
     raise PlanError("is neither safetensors nor a file that torch.save wrote", where=str(path))
 
 

@@ -9,6 +9,7 @@ from onward.errors import OnwardError
 from onward.foreign import mmengine
 from onward.foreign.contents import is_adapter, part_of, weights_facts
 from onward.foreign.description import Description
+from onward.foreign.parts import weights_command
 from onward.foreign.pickle_machine import Stub
 from onward.foreign.pickles import LazyTensor, is_pickle, open_pickle
 from onward.foreign.stored import Lazy, open_file
@@ -53,13 +54,16 @@ def _tensors(path: Path, tensors: dict[str, Lazy], others: int) -> Description:
     if parts == {"projector"}:
         kind, cause = "projector", "the first stage of a LLaVA trains and saves the projector alone"
         tool = "LLaVA" if any("mm_projector" in name for name in tensors) else tool
-        next_command = f"onward assemble --base BASE projector={path} --out DIR"
+        next_command = f"onward assemble language_model=LLM vision_tower=CLIP projector={path} --out DIR"
     elif path.name == "non_lora_trainables.bin":
         kind, tool = "modules trained in full beside adapters", "LLaVA"
-        next_command = f"onward inspect {path.parent}"
+        next_command = (
+            f"onward assemble language_model=LLM vision_tower=CLIP projector={path} "
+            f"--adapter language_model={path.parent} --out DIR"
+        )
     elif any(name.startswith(("llm.", "visual_encoder.", "projector.")) for name in tensors):
         kind, tool = "weights of a LLaVA, what was trained of it", "XTuner (plain state dict)"
-        next_command = f"onward import {path} --plan PLAN --run RUN (starts a new stage from weights)"
+        next_command = f"{weights_command(path, tensors) or next_command} (starts a new stage from weights)"
         cause = "save_optimizer=False, or the state dict was saved alone"
     elif any(is_adapter(name) for name in tensors):
         kind = "an adapter's tensors"

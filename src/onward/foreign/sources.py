@@ -13,9 +13,9 @@ from onward.checkpoint.save import ADAPTER_CONFIG, Adapter
 from onward.errors import InputError, PlanError
 from onward.files import read_json
 from onward.foreign import deepspeed, llava, xtuner
+from onward.foreign.known import open_training
 from onward.foreign.pickles import LazyTensor, is_pickle, open_pickle, state_dict_of
-from onward.foreign.pieces import any_adapter, file_pieces, has_weights, model_pieces, pickled_pieces
-from onward.foreign.zero import master_pieces
+from onward.foreign.pieces import any_adapter, file_pieces, has_weights, lazy_pieces, model_pieces
 from onward.weights.pieces import Piece, Pieces, with_adapter, with_replacements
 
 
@@ -66,8 +66,8 @@ def _open_directory(path: Path) -> Source:
             return Source(path, config, _by_module(pieces, llava.own_name))
         return Source(path, config, {"": pieces})
     if shards := deepspeed.find(path):
-        pieces, model = master_pieces(shards)
-        return _trained(path, pieces, _settings(model, path))
+        training = open_training(path)  # the fp32 masters, where they are
+        return _trained(path, lazy_pieces(training.weights, path), _settings(deepspeed.open_zero(shards).model, path))
     raise PlanError(
         "holds no weights that a model can be put together from",
         where=str(path),
@@ -78,9 +78,9 @@ def _open_directory(path: Path) -> Source:
 def _open_pickle(path: Path) -> Source:
     value = open_pickle(path)
     if not isinstance(value, dict) or "state_dict" not in value:
-        return _trained(path, pickled_pieces(state_dict_of(value, str(path)), path), None)
+        return _trained(path, lazy_pieces(state_dict_of(value, str(path)), path), None)
     tensors = {name: item for name, item in value["state_dict"].items() if isinstance(item, LazyTensor)}
-    return _trained(path, pickled_pieces(state_dict_of(tensors, str(path)), path), _settings(value, path))
+    return _trained(path, lazy_pieces(state_dict_of(tensors, str(path)), path), _settings(value, path))
 
 
 def _settings(value: Mapping[str, Any], path: Path) -> xtuner.Settings | None:

@@ -1,0 +1,103 @@
+"""What inspect says of models in parts, and that the command which it prints does what it says."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import xtuner_parts as made
+from samples import SAMPLES, needs_samples
+
+from onward.cli.main import main
+from onward.runs.inspect import inspect
+
+
+def release(root: Path, *, depth: int = 2, pickled: bool = False) -> Path:
+    """A release as XTuner's converter writes it, with its bases beside."""
+    generator = torch.Generator().manual_seed(3)
+    text, _ = made.language_model(root / "llm", generator=generator)
+    vision, _ = made.vision_tower(root / "clip", generator=generator)
+    of_text = made.lora_of(text, ["model.layers.1.mlp.up_proj"], [3], generator)
+    of_vision = made.lora_of(vision, ["encoder.layers.0.mlp.fc1"], [2], generator)
+    named = {f"vision_model.{name}": pair for name, pair in of_vision.items()}
+    out = root / "release"
+    made.write_adapter(out / "llm_adapter", of_text, 6, pickled=pickled, base=str(root / "llm"))
+    made.write_adapter(out / "visual_encoder_adapter", named, 4, pickled=pickled, base=str(root / "clip"))
+    projector = {f"model.{n}": t for n, t in made.projector_tensors(generator, depth).items()}
+    file = "pytorch_model.bin" if pickled else "model.safetensors"
+    made.write(out / "projector" / file, projector, pickled=pickled)
+    config = {"model_type": "projector", "depth": depth, "hidden_act": "gelu", "auto_map": {"AutoModel": "x.Y"}}
+    (out / "projector" / "config.json").write_text(json.dumps(config))
+    return out
+
+
+def run_what_is_printed(command: str, out: Path) -> int:
+    words = shlex.split(command.replace("--out DIR", f"--out {out}"))
+    assert words[0] == "onward"
+    return main(words[1:])
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_a_release_is_assembled_by_the_printed_command(tmp_path, pickled):
+    found = inspect(release(tmp_path, pickled=pickled))
+    assert (found.kind, found.tool) == ("LLaVA in parts", "XTuner")
+    assert found.facts["language_model's base"] == str(tmp_path / "llm")
+    assert "rank 3" in str(found.facts["llm_adapter"])
+    assert not found.continues_exactly
+    assert any("vision_feature_layer" in part for part in found.missing)
+    assert found.next_command is not None
+    assert run_what_is_printed(found.next_command, tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vision_feature_layer"] == -2
+
+
+def test_a_projector_alone_and_one_that_transformers_cannot_hold(tmp_path):
+    out = release(tmp_path)
+    found = inspect(out / "projector")
+    assert (found.kind, found.tool) == ("projector", "XTuner")
+    assert "LLM" in str(found.next_command)
+    deep = inspect(release(tmp_path / "deep", depth=3))
+    assert deep.next_command is None
+    assert any("depth 3" in problem for problem in deep.problems)
+
+
+def test_a_release_that_lost_a_part_of_its_weights(tmp_path):
+    out = release(tmp_path)
+    (out / "llm_adapter" / "adapter_model.safetensors").unlink()
+    found = inspect(out)
+    assert any("llm_adapter" in problem for problem in found.problems)
+    assert found.next_command is None
+
+
+def test_weights_alone_are_taken_by_the_printed_command(tmp_path):
+    out = release(tmp_path)
+    generator = torch.Generator().manual_seed(3)
+    state = {f"projector.model.{n}": t for n, t in made.projector_tensors(generator).items()}
+    for value in (state, {"state_dict": state, "meta": {"cfg": "model = dict(type='xtuner.model.LLaVAModel')"}}):
+        torch.save(value, tmp_path / "weights.pth")
+        found = inspect(tmp_path / "weights.pth")
+        assert found.next_command is not None
+        command = found.next_command.partition(" (")[0].replace("=LLM", f"={tmp_path / 'llm'}")
+        whole = tmp_path / f"whole-{len(value)}"
+        assert run_what_is_printed(command.replace("=CLIP", f"={tmp_path / 'clip'}"), whole) == 0
+    assert inspect(out.parent / "llm").kind == "model"
+
+
+def test_parts_that_onward_exported(tmp_path):
+    release(tmp_path)
+    assert main(["export", str(tmp_path / "llm"), "--to", "parts", "--out", str(tmp_path / "parts")]) == 0
+    found = inspect(tmp_path / "parts")
+    assert found.kind == "model in parts"
+    assert run_what_is_printed(str(found.next_command), tmp_path / "back") == 0
+
+
+@needs_samples
+@pytest.mark.parametrize("sample", ["xtuner-llava-internlm2-parts", "xtuner-llava-internlm2-parts-bin"])
+def test_the_samples(tmp_path, monkeypatch, sample):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(SAMPLES / "bases", tmp_path / "bases")
+    found = inspect(SAMPLES / sample / "release")
+    assert run_what_is_printed(str(found.next_command), tmp_path / "out") == 0
