@@ -83,11 +83,13 @@ def open_zero(path: Path) -> ZeroFiles:
         return values
 
     models, optimizers = opened(MODEL), opened(OPTIMIZER)
+    if any(not isinstance(value.get("optimizer_state_dict"), dict) for value in optimizers):
+        problems.append("an optimizer's file holds no optimizer_state_dict")
+        optimizers = []
     first = models[0] if models else {}
-    states = [state for value in optimizers if isinstance(state := value.get("optimizer_state_dict"), dict)]
     ranks = first.get("dp_world_size") or 1
     ranks = ranks if isinstance(ranks, int) and 0 < ranks < 1 << 20 else 1
-    stage = _stage(states[0].get("zero_stage")) if states else 0
+    stage = _stage(optimizers[0]["optimizer_state_dict"].get("zero_stage")) if optimizers else 0
     there = len(list(path.glob(OPTIMIZER)))
     if there and there != ranks:
         problems.append(f"incomplete: the optimizer's files of {there} of {ranks} ranks are here")
@@ -95,7 +97,7 @@ def open_zero(path: Path) -> ZeroFiles:
         problems.append(f"incomplete: the model's files of {len(models)} of {ranks} ranks are here")
     if (first.get("mp_world_size") or 1) != 1:
         problems.append(f"the model is split over {first['mp_world_size']} tensor-parallel ranks, which is not read")
-    return ZeroFiles(path, models, states, stage, ranks, tuple(problems))
+    return ZeroFiles(path, models, optimizers, stage, ranks, tuple(problems))
 
 
 def _stage(value: Any) -> int:
@@ -141,7 +143,7 @@ def recognise(path: Path) -> Description | None:
     else:
         facts |= weights_facts(tensors)
     if files.optimizers:
-        size = sum(_flat_size(state) for state in files.optimizers)
+        size = sum(_flat_size(state) for state in _rank_states(files))
         facts["optimizer"] = f"fp32 masters and moments of {size:,} parameters"
     facts["schedule"] = "yes" if files.model.get("lr_scheduler") or files.model.get("param_schedulers") else "no"
     missing = [] if files.optimizers else ["the optimizer's state"]
