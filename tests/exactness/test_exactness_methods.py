@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from harness import KILLED, Killer, assert_identical, die, in_child, start
+from harness import KILLED, Killer, assert_identical, die, in_child, kill_at, start
 
 from onward.files import read_jsonl
 
@@ -230,3 +231,108 @@ def test_gradients_that_always_overflow_stop_the_run(fp16: tuple[Path, Path, dic
     plan, _, _ = fp16
     assert start(plan, tmp_path / "run", patch=patch) == 1
     assert "the gradients of step 1 overflow fp16 at every loss scale down to" in capfd.readouterr().err
+
+
+def short_of_memory(rows: int, from_step: int, and_then: Callable[[], None] | None = None) -> Callable[[], None]:
+    """A patch: from a step on, memory holds no more than so many samples at once."""
+
+    def patch() -> None:
+        import torch
+
+        from onward.engine.single import Single
+        from onward.train import loop
+
+        gradients, accumulate, now = loop._gradients, Single.accumulate, [0]
+
+        def at_step(training, engine, batch, scale):
+            now[0] = batch.step
+            return gradients(training, engine, batch, scale)
+
+        def limited(self, micro_batch, *arguments):
+            loss = accumulate(self, micro_batch, *arguments)  # its gradients are there when memory ends
+            if now[0] >= from_step and len(micro_batch["input_ids"]) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 bytes")
+            return loss
+
+        loop._gradients, Single.accumulate = at_step, limited
+        if and_then:
+            and_then()
+
+    return patch
+
+
+@pytest.fixture(scope="module")
+def halved(models: Path) -> tuple[Path, Path]:
+    """A plan of 5 samples at once, and its run, which runs out of memory with more than 2 from step 4 on."""
+    plan = plan_of(models, "halved", train="language_model: {mode: lora, rank: 4}", more="optimizer: adafactor")
+    plan.write_text(plan.read_text().replace("micro_batch_size: 2", "micro_batch_size: 5"))
+    run = models / "halved"
+    assert start(plan, run, patch=short_of_memory(2, 4)) == 0
+    return plan, run
+
+
+def test_out_of_memory_halves_the_micro_batch_and_goes_on(halved: tuple[Path, Path], tmp_path: Path) -> None:
+    plan, run = halved
+    events = [event for event in read_jsonl(run / "journal.jsonl") if event["event"] == "micro_batch_halved"]
+    told = [(event["step"], event["before"], event["after"], event["tier"]) for event in events]
+    assert told == [(4, 5, 3, "state-exact"), (4, 3, 2, "state-exact")]
+    assert "Tried to allocate" in events[0]["reason"]
+    lock = json.loads((run / "plan.lock.json").read_text())
+    assert lock["measured"]["only"] == {"micro_batch_size": 2, "reduced_from": 5}
+    assert start(plan, tmp_path / "roomy") == 0  # the same steps, as if there had been memory
+    rows, roomy = read_jsonl(run / "metrics.jsonl"), read_jsonl(tmp_path / "roomy/metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 10))
+    for ours, theirs in zip(rows, roomy, strict=True):
+        same = ("inputs", "samples", "targets", "tokens")
+        assert [ours[key] for key in same] == [theirs[key] for key in same]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-2)  # attention's dropout is drawn anew
+        assert ours["loss"] == theirs["loss"] or ours["step"] >= 4
+
+
+@pytest.mark.parametrize("moment", ["before the lock", "after the lock", "a later step"])
+def test_killed_at_the_halving_and_after(halved: tuple[Path, Path], tmp_path: Path, moment: str) -> None:
+    from onward.runs import micro_batch
+
+    plan, whole = halved
+    run = tmp_path / "run"
+    if moment == "a later step":
+        assert start(plan, run, view=Killer(("only", 7)), patch=short_of_memory(2, 4)) == KILLED
+    else:
+        deadly = kill_at(micro_batch, "write_lock", call=2, after=moment == "after the lock")
+        assert start(plan, run, patch=short_of_memory(2, 4, deadly)) == KILLED
+    assert start(plan, run, patch=short_of_memory(2, 4)) == 0
+    assert_identical(whole, run)
+
+
+def test_a_halved_size_stands_until_the_plan_says_another(
+    halved: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan, _ = halved
+    run = tmp_path / "run"
+    assert start(plan, run, view=Killer(("only", 6)), patch=short_of_memory(2, 4)) == KILLED
+    again = Path(shutil.copytree(run, tmp_path / "again"))
+    capfd.readouterr()
+    assert start(plan, run) == 0
+    assert "promise: bitwise" in capfd.readouterr().out
+    assert json.loads((run / "plan.lock.json").read_text())["measured"]["only"]["micro_batch_size"] == 2
+    assert start(plan, again, "stages.only.micro_batch_size=4") == 0
+    assert "promise: state-exact" in capfd.readouterr().out
+    assert json.loads((again / "plan.lock.json").read_text())["measured"]["only"] == {"micro_batch_size": 4}
+
+
+def test_one_sample_that_does_not_fit_ends_the_run(
+    models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    plan = plan_of(models, "tiny-memory")
+    assert start(plan, tmp_path / "run", patch=short_of_memory(0, 3)) == 1
+    said = capfd.readouterr().err
+    assert "out of memory with a single sample: CUDA out of memory" in said and "gradient_checkpointing=true" in said
+
+
+@pytest.mark.parametrize(("room", "most", "size"), [(0, 9, 1), (1, 9, 1), (5, 9, 4), (9, 9, 9), (99, 9, 9), (3, 1, 1)])
+def test_the_largest_micro_batch_is_looked_for_by_doubling(room: int, most: int, size: int) -> None:
+    from onward.runs.micro_batch import largest
+
+    tried: list[int] = []
+    assert largest(lambda n: not tried.append(n) and n <= room, most) == size
+    assert tried == sorted(tried) and sum(n > room for n in tried) <= 1

@@ -34,10 +34,10 @@ from onward.runs.begin import free_sibling, new_lock, open_lock, plan_file
 from onward.runs.directory import RunDirectory
 from onward.runs.environment import environment
 from onward.runs.inputs import content_of, prepare_inputs
+from onward.runs.micro_batch import micro_batches
 from onward.runs.reference import Reference, find_checkpoint
 from onward.runs.resolve import resolve
 from onward.runs.takeover import Source, take_over
-from onward.runs.walk import micro_batches
 
 FED = ("data", "max_length", "overlong", "loss_on", "on_bad_sample", "evaluate")  # keys that decide a stage's content
 

@@ -34,9 +34,9 @@ from onward.runs.environment import environment
 from onward.runs.import_match import Matched, differences, match, named, next_rates, scales
 from onward.runs.inputs import StageInputs, content_of, prepare_inputs
 from onward.runs.journal import write_event
+from onward.runs.micro_batch import micro_batches
 from onward.runs.outputs import base_name, content_fingerprint, start_of
 from onward.runs.resolve import Resolved, resolve, select_from
-from onward.runs.walk import micro_batches
 from onward.train.progress import Progress
 from onward.weights.merge import merge, merge_bytes
 from onward.weights.shards import model_shards

@@ -67,11 +67,8 @@ class Session:
 
     def comparable_attempts(self) -> set[int]:
         """Attempts that ran under the same conditions as this one: their rows must come again bit for bit."""
-        return {
-            event["attempt"]
-            for event in self.events()
-            if event["event"] in ("forked", "started", "continued") and event["conditions"] == self.conditions
-        }
+        told = {event["attempt"]: event["conditions"] for event in self.events() if "conditions" in event}
+        return {attempt for attempt, conditions in told.items() if conditions == self.conditions}
 
     def is_comparable(self, stage: str, step: int) -> bool:
         """Was the checkpoint of this step written under the same conditions, so far as the journal tells?"""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,14 @@ from onward.model.directory import open_model_directory
 from onward.model.recompute import recomputes
 from onward.plan.schema import Stage
 from onward.runs.journal import write_event
+from onward.runs.micro_batch import UNMEASURED, halve, measure
 from onward.runs.outputs import Start, carried_from
 from onward.runs.replay import recorder
 from onward.runs.resolve import select_from
 from onward.runs.saves import PROBE_SAMPLES, best_steps, report_failure, retire_superseded, save
 
 if TYPE_CHECKING:
+    from onward.data.batches import StepBatch
     from onward.engine.single import Single
     from onward.runs.inputs import StageInputs
     from onward.runs.session import Session
@@ -109,6 +111,8 @@ def set_up(session: Session, number: int, start: Start, checkpoint: Checkpoint |
     )  # fmt: skip
     if stage.packing:
         _require_apart(live, session.resolved.loaded.where("stages", number, "packing"))
+    if live.micro_batch_size == UNMEASURED:
+        measure(session, live)
     if checkpoint is not None:
         put_in_place(live, checkpoint)
         checkpoint.release()
@@ -211,7 +215,7 @@ def train_stage(session: Session, live: LiveStage) -> int:
     import torch
 
     from onward.data.batches import step_batches
-    from onward.train.loop import Duties, train
+    from onward.train.loop import Duties, TooLarge, train
 
     stage, training, ends = live.plan, live.training, live.inputs.horizon.ends
     keep = session.resolved.loaded.plan.checkpoint
@@ -230,18 +234,21 @@ def train_stage(session: Session, live: LiveStage) -> int:
 
     if evaluate is not None and training.progress.step == 0:
         record({"stage": stage.name, "step": 0, "evaluation": evaluation(0)})
-    batches = step_batches(
-        live.inputs.data,
-        live.inputs.encoder,
-        batch_size=stage.batch_size,
-        micro_batch_size=live.micro_batch_size,
-        seed=training.seed,
-        stage=stage.name,
-        first_step=training.progress.step + 1,
-        last_step=ends[-1],
-        workers=stage.workers,
-        layout="packed" if stage.packing else "sorted" if stage.sort_by_length else "plain",
-    )
+
+    def batches() -> Iterator[StepBatch]:
+        return step_batches(
+            live.inputs.data,
+            live.inputs.encoder,
+            batch_size=stage.batch_size,
+            micro_batch_size=live.micro_batch_size,
+            seed=training.seed,
+            stage=stage.name,
+            first_step=training.progress.step + 1,
+            last_step=ends[-1],
+            workers=stage.workers,
+            layout="packed" if stage.packing else "sorted" if stage.sort_by_length else "plain",
+        )
+
     duties = Duties(
         evaluate=evaluation,
         evaluate_at=evaluate_at,
@@ -250,8 +257,20 @@ def train_stage(session: Session, live: LiveStage) -> int:
         record=record_and_report,
         stopping=lambda: session.stopping() or live.ends_early(),
     )
+    first = training.progress.step
     try:
-        return train(training, live.engine, batches, duties)
+        while True:
+            try:
+                train(training, live.engine, batches(), duties)
+                return training.progress.step - first
+            except TooLarge as error:
+                reason = str(error)
+            if live.micro_batch_size == 1:
+                raise TrainingError(
+                    f"out of memory with a single sample: {reason}",
+                    hint=f"stages.{stage.name}: gradient_checkpointing=true, a smaller max_length or LoRA take less",
+                )
+            halve(session, live, reason)
     except torch.OutOfMemoryError as error:
         smaller = max(1, live.micro_batch_size // 2)
         raise TrainingError(

@@ -15,7 +15,7 @@ from onward.checkpoint.read import Checkpoint
 from onward.checkpoint.removal import belongs_to, discard
 from onward.errors import PlanError, Refused
 from onward.plan.load import LoadedPlan
-from onward.plan.lock import Lock, extensions_of
+from onward.plan.lock import extensions_of
 from onward.runs.account import account
 from onward.runs.begin import begin, conditions, go_on, judge_changes, new_lock, open_lock, record
 from onward.runs.directory import RunDirectory
@@ -26,12 +26,11 @@ from onward.runs.inputs import Content, content_of, prepare_inputs
 from onward.runs.journal import ended_early, write_event
 from onward.runs.journal import is_finished as told_finished
 from onward.runs.measured import measure_baseline
+from onward.runs.micro_batch import micro_batches
 from onward.runs.outputs import Start, start_of
-from onward.runs.resolve import Resolved, resolve
+from onward.runs.resolve import resolve
 from onward.runs.session import Session, View
 from onward.runs.signals import listening
-
-AUTO_MICRO_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -214,16 +213,3 @@ def _stage(session: Session, place: Place) -> int:
     gc.collect()
     hand_on(session, result)
     return trained
-
-
-def micro_batches(resolved: Resolved, lock: Lock | None) -> dict[str, dict[str, int]]:
-    """Micro-batch size of each stage: the plan's, or for `auto` what was found once and locked."""
-    sizes = {}
-    for stage in resolved.stages:
-        name, size = stage.plan.name, stage.plan.micro_batch_size
-        locked = lock.measured.get(name) if lock else None
-        if size == "auto":
-            sizes[name] = locked or {"micro_batch_size": min(AUTO_MICRO_BATCH, stage.plan.batch_size)}
-        else:
-            sizes[name] = {"micro_batch_size": min(size, stage.plan.batch_size)}
-    return sizes

@@ -55,11 +55,15 @@ class Duties:
     stopping: Callable[[], bool]
 
 
+class TooLarge(Exception):
+    """A micro-batch does not fit in memory. Nothing of its step was applied, and its gradients are gone."""
+
+
 def train(training: Training, engine: Single, batches: Iterable[StepBatch], duties: Duties) -> int:
     """Train over `batches`, one optimizer step each; returns how many steps were trained here.
 
-    Ends early, saved, when `duties.stopping()` says so. TrainingError when training cannot go on; then nothing of the
-    failing step has been applied.
+    Ends early, saved, when `duties.stopping()` says so. TrainingError when training cannot go on, TooLarge when smaller
+    micro-batches could; then nothing of the failing step has been applied.
     """
     progress, groups = training.progress, training.trainable.selection.groups
     parameters = training.trainable.parameters
@@ -149,10 +153,17 @@ def _gradients(training: Training, engine: Single, batch: StepBatch, scale: floa
     parameter's gradient. The loss is multiplied by `scale` on its way, and the gradients divided by it.
     """
     loss: torch.Tensor | None = None
-    for index, micro_batch in enumerate(batch.micro_batches):
-        torch.manual_seed(derive(training.seed, training.stage, "micro", batch.step, index))
-        part = engine.accumulate(micro_batch, batch.target_tokens, scale)
-        loss = part if loss is None else loss + part
+    failure = ""
+    try:
+        for index, micro_batch in enumerate(batch.micro_batches):
+            torch.manual_seed(derive(training.seed, training.stage, "micro", batch.step, index))
+            part = engine.accumulate(micro_batch, batch.target_tokens, scale)
+            loss = part if loss is None else loss + part
+    except torch.OutOfMemoryError as error:
+        failure = str(error).splitlines()[0] or "no memory"
+    if failure:  # behind the handler: the error holds all that the forward pass has kept
+        training.optimizer.zero_grad(set_to_none=True)
+        raise TooLarge(failure)
     if loss is None:
         skipped = "; ".join(f"{sample}: {reason}" for sample, reason in batch.skipped)
         raise TrainingError(f"no sample of step {batch.step} can be read", hint=skipped)
