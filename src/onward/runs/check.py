@@ -21,6 +21,7 @@ from onward.runs.device import advice
 from onward.runs.directory import RunDirectory
 from onward.runs.environment import device_name, environment, threads
 from onward.runs.estimate import SHARE, matrix_rate, operations, state_bytes
+from onward.runs.gates import require_possible
 from onward.runs.inputs import StageInputs, content_of, prepare_inputs
 from onward.runs.resolve import Resolved, ResolvedStage, resolve
 from onward.weights.merge import merge_bytes
@@ -90,6 +91,8 @@ class StageCheck:
     attention: str
     gradient_checkpointing: bool
     evaluation_samples: int
+    metrics: tuple[str, ...]
+    gate: str | None
     checkpoint_bytes: int
     checkpoints_bytes: int
     output_bytes: int
@@ -157,7 +160,9 @@ def _stage_lines(number: int, stage: StageCheck) -> Iterator[str]:
     if stage.skipped:
         yield f"  {stage.skipped:,} samples are left out"
     if stage.evaluation_samples:
-        yield f"  measured on {stage.evaluation_samples:,} held-out samples"
+        yield f"  measured on {stage.evaluation_samples:,} held-out samples: {', '.join(stage.metrics)}"
+    if stage.gate:
+        yield f"  its output must have {stage.gate}"
     yield (
         f"  a checkpoint takes {_bytes(stage.checkpoint_bytes)}, all that are kept {_bytes(stage.checkpoints_bytes)}, "
         f"the output {_bytes(stage.output_bytes)}"
@@ -175,6 +180,7 @@ def check_plan(loaded: LoadedPlan, *, show: int = 0, run: RunDirectory) -> Check
     directory = run.path
     warnings = list(advice(loaded.plan))
     inputs = prepare_inputs(resolved, date.today().isoformat(), lambda text: None, lock)
+    require_possible(resolved, inputs)
     stages = tuple(_stage(resolved, stage, inputs[stage.plan.name]) for stage in resolved.stages)
     disk = sum(stage.checkpoints_bytes + stage.output_bytes for stage in stages)
     free = shutil.disk_usage(_existing(directory)).free
@@ -255,7 +261,9 @@ def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> Sta
         precision=plan.precision,
         attention=plan.attention,
         gradient_checkpointing=recomputes(plan.gradient_checkpointing, resolved.model.count),
-        evaluation_samples=inputs.evaluation.rows if inputs.evaluation else 0,
+        evaluation_samples=_evaluation_samples(plan, inputs),
+        metrics=plan.evaluate.metrics if plan.evaluate else (),
+        gate=_gate_text(plan) if plan.gate else None,
         checkpoint_bytes=checkpoint,
         checkpoints_bytes=checkpoint * (_kept(keep, plan, inputs.total_steps) + 1),  # one is written before one goes
         output_bytes=base,
@@ -273,6 +281,23 @@ def _sources(plan: Stage, inputs: StageInputs) -> Iterator[SourceCheck]:
             share = f", {part:.1%} of the samples: each {part * samples / len(rows.used):.3g} times"
         reading = rows.file.reading
         yield SourceCheck(source.path, reading.kind, dict(reading.columns), len(rows.file), len(rows.used), share)
+
+
+def _evaluation_samples(plan: Stage, inputs: StageInputs) -> int:
+    rows = inputs.evaluation.rows if inputs.evaluation else 0
+    return min(rows, plan.evaluate.limit or rows) if plan.evaluate else 0
+
+
+def _gate_text(plan: Stage) -> str:
+    """What the gate requires, and what happens otherwise."""
+    assert plan.gate is not None
+    required, otherwise = " and ".join(map(str, plan.gate.conditions)), plan.gate.otherwise
+    if not otherwise.extend:
+        return f"{required}; otherwise the run stops"
+    return (
+        f"{required}; otherwise {otherwise.extend} more ({otherwise.schedule}), at most {otherwise.at_most} times, "
+        "and then the run stops"
+    )
 
 
 def _kept(plan: CheckpointPlan, stage: Stage, steps: int) -> int:

@@ -12,10 +12,13 @@ from onward.errors import PlanError
 from onward.files import read_jsonl
 from onward.plan.changes import change_text
 from onward.plan.lock import Lock, extensions_of, locked_plan, read_lock
+from onward.plan.schema import Stage
 from onward.runs.begin import progress_of
 from onward.runs.directory import RunDirectory
+from onward.runs.gates import extensions_by_gate
 from onward.runs.hold import holder
 from onward.runs.journal import canonical_metrics, ended_early, is_finished, read_metrics
+from onward.runs.measured import Measurements, measurements
 from onward.runs.pin import pins
 
 RECENT = 20  # steps over which speed is averaged
@@ -23,7 +26,12 @@ RECENT = 20  # steps over which speed is averaged
 
 @dataclass(frozen=True)
 class StageStatus:
-    """One stage. `state`: waiting, training, trained (to its end, nothing handed on yet) or done."""
+    """One stage. `state`: waiting, training, trained (to its end, nothing handed on yet) or done.
+
+    `evaluation`: the newest of the live model. `measurements`: {"baseline", "before", "output"}, each metric → value as
+    far as it is known. `gate`: {"require", "extensions", "at_most", "decision", "reason"}, the last two None until its
+    output is judged.
+    """
 
     name: str
     state: str
@@ -33,6 +41,8 @@ class StageStatus:
     ended_early: bool
     loss: float | None
     evaluation: dict[str, float] | None
+    measurements: dict[str, dict[str, float] | None] | None
+    gate: dict[str, Any] | None
     checkpoints: tuple[int, ...]
     pinned: tuple[int, ...]
     output: str | None
@@ -75,6 +85,10 @@ class RunStatus:
             facts += [f"checkpoints {', '.join(steps)}"] if steps else []
             facts += [f"output {stage.output}"] if stage.output else []
             yield f"  {number} {stage.name}: {'; '.join([stage.state, *facts])}"
+            if stage.measurements:
+                yield from (f"      {line}" for line in Measurements(**stage.measurements).lines())
+            if stage.gate:
+                yield f"      gate {_gate_text(stage.gate)}"
         if self.seconds_per_step and self.tokens_per_second is not None:
             left = f", {self.eta_seconds:,.0f} s left in this stage" if self.eta_seconds else ""
             yield f"  {self.seconds_per_step:.3g} s a step, {self.tokens_per_second:,.0f} tokens/s{left}"
@@ -83,6 +97,13 @@ class RunStatus:
             yield from (f"    {change_text(**change)}" for change in fork["changes"])
         for change in self.amendments:
             yield f"  amended at attempt {change['attempt']}: {change['key']}: {change['before']} → {change['after']}"
+
+
+def _gate_text(gate: dict[str, Any]) -> str:
+    most = f" of at most {gate['at_most']}" if gate["at_most"] else ""
+    used = f", {gate['extensions']}{most} extensions" if gate["extensions"] or most else ""
+    decided = f": {gate['decision']}: {gate['reason']}" if gate["decision"] else ""
+    return f"{', '.join(gate['require'])}{used}{decided}"
 
 
 def status(path: Path) -> RunStatus:
@@ -99,8 +120,7 @@ def status(path: Path) -> RunStatus:
     rows = canonical_metrics(metrics)
     raw = [row for row in metrics if row["step"] and "overflow" not in row]
     held = holder(run.hold)
-    names = [stage.name for stage in plan.stages]
-    stages = tuple(_stage(run, lock, name, events, rows) for name in names)
+    stages = tuple(_stage(run, lock, stage, events, rows) for stage in plan.stages)
     starts = [event for event in events if event["event"] in ("started", "continued")]
     finished = is_finished(events)
     seconds, tokens, eta = _speed(raw, stages)
@@ -125,11 +145,11 @@ def status(path: Path) -> RunStatus:
 def _stage(
     run: RunDirectory,
     lock: Lock,
-    name: str,
+    plan: Stage,
     events: list[dict[str, Any]],
     rows: dict[tuple[str, int], dict[str, Any]],
 ) -> StageStatus:
-    names = [stage["name"] for stage in lock.plan["stages"]]
+    names, name = [stage["name"] for stage in lock.plan["stages"]], plan.name
     extended = sum(extension.steps for extension in extensions_of(lock, name))
     mine = {step: row for (stage, step), row in rows.items() if stage == name}
     began = next((event for event in events if event["event"] == "stage_started" and event["stage"] == name), None)
@@ -149,11 +169,28 @@ def _stage(
         ended_early=early is not None,
         loss=mine[step].get("loss") if mine else None,
         evaluation=evaluations[-1] if evaluations else None,
+        measurements=asdict(measurements(lock, name, events, rows)) if plan.evaluate and began else None,
+        gate=_gate(lock, plan, events) if plan.gate else None,
         checkpoints=tuple(manifest.step for _, manifest in list_checkpoints(run.checkpoints(names, name))),
         pinned=tuple(sorted(pins(events, name))),
         output=str(run.output(names, name)) if handed else None,
         logit_difference=handed.get("logit_difference") if handed else None,
     )
+
+
+def _gate(lock: Lock, plan: Stage, events: list[dict[str, Any]]) -> dict[str, Any]:
+    assert plan.gate is not None
+    require = [str(condition) for condition in plan.gate.conditions]
+    decisions = [event for event in events if (event["event"], event.get("stage")) == ("gate", plan.name)]
+    last = decisions[-1] if decisions and decisions[-1]["require"] == require else {}
+    otherwise = plan.gate.otherwise
+    return {
+        "require": require,
+        "extensions": extensions_by_gate(lock, plan.name),
+        "at_most": otherwise.at_most if otherwise.extend else 0,
+        "decision": last.get("decision"),
+        "reason": last.get("reason"),
+    }
 
 
 def _speed(

@@ -1,0 +1,100 @@
+"""Gates as a user sees them: check, run, status; and what prove and fork make of them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from branching import build, done, onward
+
+PLAN = """
+model: model
+seed: 1
+engine: {threads: 1}
+defaults: {batch_size: 6, micro_batch_size: 4, learning_rate: 3e-3, evaluate: {data: text.jsonl, limit: 6}}
+stages:
+  - name: learn
+    train: {language_model: {mode: lora, rank: 4}}
+    data: text.jsonl
+    epochs: 1
+    gate: {require: loss < 0.01, otherwise: {extend: 1 epoch, at_most: 1}}
+  - name: adapt
+    train: {language_model: {mode: full}}
+    data: text.jsonl
+    epochs: 1
+checkpoint: {every: 4}
+"""
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A plan, its run that the gate stopped after one extension, and what was said then."""
+    place = tmp_path_factory.mktemp("gates")
+    plan = build(place, PLAN)
+    return plan, place / "run", onward("run", plan, "--run", place / "run")
+
+
+def test_check_tells_the_gate_and_what_it_cannot_do(stopped):
+    plan, _, _ = stopped
+    said = done("check", plan, "--run", plan.parent / "new")
+    assert "its output must have loss < 0.01; otherwise 1 epoch more (rewarm), at most 1 times" in said.out
+    assert "measured on 6 held-out samples: loss" in said.out
+    wrong = onward("check", plan, "stages.learn.gate.otherwise.schedule=continue", "--run", plan.parent / "new")
+    assert wrong.status == 2 and "cosine schedule of stage learn has ended" in wrong.err
+    assert "stages.learn.gate.otherwise.schedule=continue" in wrong.err
+
+
+def test_the_end_shows_the_numbers_and_the_commands(stopped):
+    _, run, said = stopped
+    assert said.status == 1
+    assert "stage learn does not pass its gate: loss is" in said.err and "required < 0.01" in said.err
+    assert "baseline" in said.err and "output" in said.err
+    assert f"onward extend {run} --stage learn --epochs +1 --schedule rewarm" in said.err
+
+
+def test_status_shows_measurements_and_the_decision(stopped):
+    _, run, _ = stopped
+    said = done("status", run)
+    assert "gate loss < 0.01, 1 of at most 1 extensions: stop: loss is" in said.out
+    stage, later = json.loads(done("status", run, "--json").out)["stages"]
+    assert (stage["state"], stage["extended"]) == ("done", 4)
+    assert stage["gate"]["decision"] == "stop" and stage["gate"]["extensions"] == stage["gate"]["at_most"] == 1
+    found = stage["measurements"]
+    assert found["baseline"] == found["before"] and found["output"]["loss"] < found["baseline"]["loss"]
+    assert (later["state"], later["gate"], later["measurements"]) == ("waiting", None, None)
+
+
+def test_extended_by_hand_it_is_judged_again(stopped, tmp_path):
+    import shutil
+
+    plan, run, _ = stopped
+    copy = shutil.copytree(run, tmp_path / "run")
+    done("extend", copy, "--stage", "learn", "--epochs", "+1", "--schedule", "rewarm")
+    stage = json.loads(done("status", copy, "--json").out)["stages"][0]
+    assert stage["measurements"]["output"] is None, "the output of before is not this stage's any more"
+    said = onward("run", plan, "--run", copy)
+    assert said.status == 1 and "after 1 of at most 1 extensions" in said.err
+    said = done("run", plan, "stages.learn.gate.require=loss < 100", "--run", copy)
+    events = [json.loads(line) for line in (copy / "journal.jsonl").read_text().splitlines()]
+    assert [e["decision"] for e in events if e["event"] == "gate"] == ["extend", "stop", "stop", "pass"]
+    assert "stage adapt: loss  baseline" in said.out and ", before " in said.out and ", output " in said.out
+
+
+def test_a_fork_from_the_later_stage_keeps_the_decision(stopped, tmp_path):
+    import shutil
+
+    plan, run, _ = stopped
+    copy = shutil.copytree(run, tmp_path / "run")
+    done("run", plan, "stages.learn.gate.require=loss < 100", "--run", copy)
+    done("fork", f"{copy}@adapt/4", "--run", tmp_path / "fork", "stages.adapt.learning_rate=1e-3")
+    stage = json.loads(done("status", tmp_path / "fork", "--json").out)["stages"][0]
+    assert stage["gate"]["decision"] == "pass" and stage["measurements"]["output"]
+
+
+@pytest.mark.whole
+def test_a_proof_is_not_stopped_by_a_gate(stopped):
+    plan, _, _ = stopped
+    assert "verdict: proven" in done("prove", plan).out
