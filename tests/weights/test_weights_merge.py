@@ -139,6 +139,33 @@ def test_after_training_on_a_quantised_base_either_base_s_values_are_taken(bases
     assert torch.allclose(dequantised_[f"{UP}.weight"], dequantised(before[f"{UP}.weight"], how) + change, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2-tied"])
+@pytest.mark.parametrize("learns", [True, False])
+def test_an_adapter_with_added_tokens_brings_vocabulary_and_tokenizer(bases, tmp_path, kind, learns):
+    from transformers import AutoTokenizer
+
+    base, directory = tmp_path / "base", tmp_path / "adapter"
+    peft_side.load(bases(kind)).save_pretrained(base, max_shard_size="40KB")
+    tokenizer = AutoTokenizer.from_pretrained(bases(kind))
+    tokenizer.save_pretrained(base)
+    tokenizer.add_tokens(["zebra", "yak"])
+    saved = {"modules_to_save": ["embed_tokens", *([] if "tied" in kind else ["lm_head"])]} if learns else {}
+    saved |= {"ensure_weight_tying": True} if learns and "tied" in kind else {}
+    model = peft_side.adapt(base, directory, tokens=len(tokenizer), target_modules=["q_proj"], **saved)
+    expected = peft_side.merged_by_peft(model)
+    with pytest.raises(InputError, match="tokenizer"):
+        peft_side.merged_by_us(directory, None, tmp_path / "out")
+    tokenizer.save_pretrained(directory)
+    peft_side.merged_by_us(directory, None, tmp_path / "out")
+    merged = peft_side.load(tmp_path / "out")
+    assert peft_side.different(merged.state_dict(), expected) == []
+    assert merged.config.vocab_size == len(tokenizer)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == tokenizer.get_vocab()
+    index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
+    total = sum(value.nbytes for value in peft_side.tensors_of(tmp_path / "out").values())
+    assert index["metadata"]["total_size"] == total
+
+
 def test_an_embedding_that_comes_with_the_adapter_stands_in_for_the_bases(bases, tmp_path):
     """PEFT saves the weight under an adapted embedding, and loads it over the base's."""
     import peft

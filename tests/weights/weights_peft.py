@@ -20,13 +20,16 @@ def load(base: Path):
     return automatic.from_pretrained(base, dtype="auto")
 
 
-def adapt(base: Path, directory: Path, seed: int = 1, **config):
+def adapt(base: Path, directory: Path, seed: int = 1, tokens: int = 0, **config):
     """A peft model over `base` with trained-looking adapters, saved in `directory`."""
     import peft
 
     torch.manual_seed(seed)
     options = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "init_lora_weights": True, **config}
-    model = peft.get_peft_model(load(base), peft.LoraConfig(**options))
+    model = load(base)
+    if tokens:
+        model.resize_token_embeddings(tokens)
+    model = peft.get_peft_model(model, peft.LoraConfig(**options))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = torch.randn_like(parameter) * 0.1 + (parameter.data if "modules_to_save" in name else 0)

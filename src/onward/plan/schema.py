@@ -477,6 +477,12 @@ class Plan(Strict):
     chat_template: str | None = Field(
         None, description="for a base model: the name of a template (docs/data.md) or a file; default the model's own"
     )
+    add_tokens: tuple[str, ...] = Field(
+        (),
+        description="to the model's vocabulary; their rows are the mean of the others until they learn (embed_tokens)",
+    )
+    add_special_tokens: tuple[str, ...] = Field((), description="likewise; left out where text is decoded without them")
+    pad_to_multiple_of: Count | None = Field(None, description="rows of embedding and head, rounded up")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(42, description="of every random draw")
     deterministic: bool = Field(True, description="deterministic algorithms; without them no start is bitwise")
     stages: tuple[Stage, ...] = Field(min_length=1)

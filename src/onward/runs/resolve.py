@@ -103,8 +103,18 @@ def select_from(
 
 def model_directory(loaded: LoadedPlan) -> Path:
     """The directory of the plan's model: one beside the plan or a path of its own, a hub id's snapshot, or what its
-    parts make up.
+    parts make up; with the plan's tokens added.
     """
+    base, plan = _without_tokens(loaded), loaded.plan
+    if not (plan.add_tokens or plan.add_special_tokens or plan.pad_to_multiple_of):
+        return base
+    from onward.model.tokens import extended_model
+
+    where = loaded.where("add_tokens" if plan.add_tokens else "add_special_tokens")
+    return extended_model(base, plan.add_tokens, plan.add_special_tokens, plan.pad_to_multiple_of, where)
+
+
+def _without_tokens(loaded: LoadedPlan) -> Path:
     model, where = loaded.plan.model, loaded.where("model")
     if isinstance(model, str):
         return _found(loaded, model, where)

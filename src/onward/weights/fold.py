@@ -92,7 +92,8 @@ def fold(
         return in_order(pool, piece, range(count), ahead), Drift()
     value = change.value() if change.value else read_tensor(path, entry)
     if tuple(value.shape) != entry.shape:
-        raise InputError(f"was trained as {tuple(value.shape)}, is {entry.shape} in the base", where=where)
+        hint = "if tokens were added: put the tokenizer's files beside the adapter" if change.value else None
+        raise InputError(f"was trained as {tuple(value.shape)}, is {entry.shape} in the base", where=where, hint=hint)
     drift = Drift()
     if change.quantised:
         original = added(value.to(wide), additions).to(dtype)

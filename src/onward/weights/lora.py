@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS, QUANTISATION, Adapter
-from onward.checkpoint.tensorfile import read_header, read_tensor
+from onward.checkpoint.tensorfile import read_header, read_tensor, tensor_bytes
 from onward.errors import InputError
 from onward.files import read_json
 
@@ -109,6 +109,7 @@ def changes_of(adapter: Adapter) -> Changes:
             raise InputError(f"tensor {key}: only A, B and magnitudes are understood", where=ADAPTER_TENSORS)
         else:
             others[key.removeprefix(PREFIX)] = key
+    _drop_copies(adapter, others)
     added = {}
     for module, keys in halves.items():
         own_base = others.pop(f"{module}.base_layer.weight", None)
@@ -117,6 +118,17 @@ def changes_of(adapter: Adapter) -> Changes:
         if ".base_layer." in name:
             raise InputError(f"tensor {key}: the weight under an adapter that is not there", where=ADAPTER_TENSORS)
     return Changes(added, others, keeps_ties=bool(adapter.config.get("ensure_weight_tying")))
+
+
+def _drop_copies(adapter: Adapter, others: dict[str, str]) -> None:
+    """Of embeddings that were resized and trained PEFT saves three: what it trained, that again, what was before."""
+    for name in [name for name in others if ".original_module." in name or ".modules_to_save." in name]:
+        plain = name.replace(".original_module.", ".").replace(".modules_to_save.", ".")
+        key = others.pop(name)
+        if ".modules_to_save." in name:
+            other = others.setdefault(plain, key)
+            if tensor_bytes(adapter.tensors[key]) != tensor_bytes(adapter.tensors[other]):
+                raise InputError(f"tensors {key} and {other} are one weight, and differ", where=ADAPTER_TENSORS)
 
 
 def check_plain(config: Mapping[str, Any]) -> None:

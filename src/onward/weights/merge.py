@@ -30,8 +30,8 @@ from onward.weights.fold import Addition, Change, Drift, fold
 from onward.weights.lora import changes_of, open_adapter
 from onward.weights.quantised import Quantisation, from_json
 from onward.weights.shards import Shard, model_shards
-from onward.weights.sidecars import copy_sidecars, sidecars
-from onward.weights.ties import with_ties
+from onward.weights.sidecars import Vocabulary, added_tokens, copy_sidecars, sidecars
+from onward.weights.ties import ENDS, with_ties
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +76,7 @@ def merge(
     to_canonical: Callable[[str], str],
     quantised: Mapping[str, Quantisation] | None = None,
     base_values: str = "original",
+    tokenizer: Path | None = None,
 ) -> MergeReport:
     """Write into `out`, an existing directory that is not committed yet, the model that `base` and what was trained
     make up: same shards, same names, and every file beside them that a complete model needs.
@@ -83,7 +84,8 @@ def merge(
     `full` holds the parameters trained in full by canonical name; `to_canonical` gives the canonical name of a tensor
     of the base's files. Every tensor of `adapters` and `full` is used exactly once: one that has no place, another
     shape or no finite result is an InputError that names it. `quantised`: how layers were kept while that was trained;
-    `base_values`: which of their values to take, as in `fold`.
+    `base_values`: which of their values to take, as in `fold`. An embedding that comes whole may have another number of
+    rows, with the head, if there is a `tokenizer` (a directory) for them.
     """
     shards = model_shards(base)
     changes = _changes(adapters, full, to_canonical)
@@ -92,6 +94,9 @@ def merge(
         if change.additions or base_values != "original":
             changes[f"{layer}.weight"] = replace(change, quantised=how)
     on_disk = _on_disk(base, shards, changes, to_canonical)
+    vocabulary = _vocabulary(base, shards, on_disk, tokenizer) if tokenizer else None
+    if vocabulary:
+        shards = [replace(shard, entries=_with_rows(shard.entries, vocabulary.rows)) for shard in shards]
     drift = Drift()
     files, flushed = [], []
     with one_thread_each() as (pool, threads), ThreadPoolExecutor(1) as flusher:
@@ -118,10 +123,37 @@ def merge(
         replaced=len(on_disk) - merged,
         copied=len(entries) - len(on_disk),
         tensor_bytes=sum(entry.nbytes for entry in entries),
-        files=(*files, *copy_sidecars(base, out)),
+        files=(*files, *copy_sidecars(base, out, vocabulary)),
         base_values=base_values if is_quantised else None,
         drift=drift.shares() if is_quantised else None,
     )
+
+
+def _vocabulary(
+    base: Path, shards: Sequence[Shard], changes: Mapping[str, Change], tokenizer: Path
+) -> Vocabulary | None:
+    """The vocabulary of the embeddings that are put in, or of the tokenizer, where it is not the base's. InputError
+    where embedding and head disagree.
+    """
+    entries = {name: entry for shard in shards for name, entry in shard.entries.items() if name.endswith(ENDS)}
+    rows = {name: entry.shape[0] for name, entry in entries.items()}
+    for name in entries.keys() & changes.keys():
+        if (value := changes[name].value) is not None:
+            rows[name] = int(value().shape[0])
+    is_same = rows == {name: entry.shape[0] for name, entry in entries.items()}
+    if is_same and added_tokens(tokenizer) == added_tokens(base):
+        return None
+    if len(set(rows.values())) > 1:
+        told = ", ".join(f"{name}: {count}" for name, count in sorted(rows.items()))
+        raise InputError(f"embedding and head would have vocabularies of unequal size ({told})", where=str(base))
+    return Vocabulary(next(iter(rows.values())), tokenizer) if rows else None
+
+
+def _with_rows(entries: Mapping[str, TensorEntry], rows: int) -> dict[str, TensorEntry]:
+    return {
+        name: replace(entry, shape=(rows, *entry.shape[1:])) if name.endswith(ENDS) else entry
+        for name, entry in entries.items()
+    }
 
 
 @contextmanager
@@ -195,6 +227,7 @@ def merge_adapters(
             to_canonical=to_canonical,
             quantised=quantised,
             base_values=base_values,
+            tokenizer=next((d for d in reversed(directories) if (d / "tokenizer_config.json").is_file()), None),
         )
 
 
