@@ -1,6 +1,7 @@
-"""Trains with DeepSpeed on CPUs, one process a rank: torchrun deepspeed_run.py DIRECTORY STAGE. Dropout 0, fp32.
+"""Trains with DeepSpeed on CPUs, one process a rank: torchrun deepspeed_run.py DIRECTORY STAGE [trainer]. Dropout 0.
 
-Over onward's own batches; saves after step 6 as DIRECTORY/zero/global_step6 and after the last one as global_step16.
+Over onward's own batches, in fp32; saves after step 6 as DIRECTORY/zero/global_step6 and after the last one as
+global_step16, or as Hugging Face's Trainer does, which then drives it.
 """
 
 import os
@@ -51,5 +52,19 @@ def main(directory: Path, stage: int) -> None:
             engine.save_checkpoint(str(directory / "zero"), tag=f"global_step{step + 1}")
 
 
+def by_trainer(directory: Path, stage: int) -> None:
+    import trainer_run
+
+    auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    config = {
+        **dict.fromkeys(auto, "auto"),
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    trainer_run.train(directory, "full", deepspeed=config)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    run = by_trainer if sys.argv[3:] == ["trainer"] else main
+    run(Path(sys.argv[1]), int(sys.argv[2]))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from onward.errors import DamageError, InputError
 from onward.files import read_json
-from onward.foreign import dcp, deepspeed, huggingface, mmengine, parts, peft, single_file, trainer
+from onward.foreign import dcp, deepspeed, huggingface, mmengine, parts, peft, single_file, trainer, zero
 from onward.foreign.description import Description
 from onward.foreign.layouts import describe as layouts
 from onward.foreign.stored import open_file, stored_in
@@ -29,7 +29,7 @@ def describe(path: Path) -> Description | None:
     return next((found for recognise in KINDS if (found := recognise(path))), None)
 
 
-TRAININGS = (trainer.open_training, deepspeed.open_training, mmengine.open_training)
+TRAININGS = (trainer.open_training, zero.open_training, mmengine.open_training)
 
 
 def open_training(path: Path) -> ForeignTraining:

@@ -14,7 +14,7 @@ from onward.foreign.parts import weights_command
 from onward.foreign.pickles import LazyTensor, is_pickle, open_pickle
 from onward.foreign.python_config import find_all, parse_config
 from onward.foreign.stored import Lazy
-from onward.foreign.torch_optimizer import group_settings, mmengine_rates, torch_states
+from onward.foreign.torch_optimizer import group_settings, mmengine_rates, torch_groups, torch_states
 from onward.foreign.training import MOMENTS, ForeignTraining
 
 
@@ -103,6 +103,7 @@ def open_training(path: Path) -> ForeignTraining | None:
     wrapper = wrapper if isinstance(wrapper, dict) else {}
     every = wrapper.get("accumulative_counts", 1)
     every = every if type(every) is int and every > 0 else 1
+    groups = torch_groups(optimizer)
     settings = group_settings(optimizer.get("param_groups") or [])
     if size := find_all(config.get("train_dataloader"), "batch_size"):
         settings["batch_size"] = size[0] * every
@@ -114,6 +115,7 @@ def open_training(path: Path) -> ForeignTraining | None:
         step=iterations // every,
         weights=weights,
         moments=moments,
+        decays=dict.fromkeys(moments, groups[0].weight_decay or 0.0) if len(groups) == 1 else {},
         learning_rates=mmengine_rates(schedulers, iterations) if isinstance(schedulers, list) else [],
         settings=settings,
         loss="the mean over micro-batches of each one's own mean" if every > 1 else None,

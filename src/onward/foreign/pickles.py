@@ -167,10 +167,18 @@ def _parameter(data: Any, *rest: Any) -> Any:
     return data
 
 
+def _with_attributes(function: Any, kind: Any, arguments: Any, *rest: Any) -> Any:
+    """A tensor that somebody gave attributes of Python; they are left out."""
+    make = CONSTRUCTORS.get(str(function)) if isinstance(function, Global) else None
+    return make(*arguments) if make and make is not _with_attributes else Stub(str(kind))
+
+
 CONSTRUCTORS: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _rebuild_v2,
     "torch._utils._rebuild_tensor_v2": _rebuild_v2,
     "torch._utils._rebuild_tensor_v3": _rebuild_v3,
+    "torch._tensor._rebuild_from_type": _with_attributes,
+    "torch._tensor._rebuild_from_type_v2": _with_attributes,
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
 }

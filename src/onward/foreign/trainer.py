@@ -15,7 +15,7 @@ from typing import Any
 
 from onward.errors import DamageError, OnwardError
 from onward.files import read_json
-from onward.foreign import deepspeed
+from onward.foreign import deepspeed, zero
 from onward.foreign.contents import as_step, weights_facts
 from onward.foreign.description import Description
 from onward.foreign.pickle_machine import Stub
@@ -204,19 +204,20 @@ def open_training(path: Path) -> ForeignTraining | None:
     files = open_trainer(path)
     if files.problems:
         raise DamageError(files.problems[0], where=str(path))
-    zero = deepspeed.open_training(files.deepspeed) if files.deepspeed else None
+    shards = zero.open_training(files.deepspeed) if files.deepspeed else None
     optimizer = files.optimizer if isinstance(files.optimizer, dict) else {}
     ranks = max(1, files.random_states)
     settings = _settings(files, ranks)
     accumulates = files.arguments.get("gradient_accumulation_steps", 1) != 1 or ranks > 1
     old = "average_tokens_across_devices" not in files.arguments  # came with the weighting by tokens, in 4.46
     return ForeignTraining(
-        tool="Hugging Face Trainer" + (" with DeepSpeed" if zero else ""),
+        tool="Hugging Face Trainer" + (" with DeepSpeed" if shards else ""),
         step=files.step,
-        weights=zero.weights if zero else files.weights.tensors,
+        weights=shards.weights if shards else files.weights.tensors,
         states=torch_states(optimizer, str(path)),
         groups=torch_groups(optimizer),
-        moments=zero.moments if zero else {},
+        moments=shards.moments if shards else {},
+        decays=shards.decays if shards else {},
         learning_rates=_rates(files, settings),
         settings=settings,
         adapter=files.adapter,

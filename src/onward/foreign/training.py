@@ -29,10 +29,10 @@ class ForeignTraining:
 
     `weights` are by the tool's names, in the best precision that there is. The optimizer's state is by number where the
     tool numbers parameters (`states`, with `groups` that say which numbers belong together), and by the same names
-    otherwise (`moments`, with `step` beside the two moments). `learning_rates`: of step `step + 1` and after, as far as
-    the source tells; `settings`: what it states of the training, by onward's keys of a stage. `loss` says how it forms
-    a step's loss, where that is another than onward's; `epoch` where it stands in the data. `adapter` is PEFT's
-    configuration, `config` XTuner's. `unused`: weights that no gradient reached, which have no state.
+    otherwise (`moments`, with `step` beside the two moments; `decays`: the weight decay of each). `learning_rates`: of
+    step `step + 1` and after, as far as the source tells; `settings`: what it states of the training, by onward's keys
+    of a stage. `loss` says how it forms a step's loss, where that is another than onward's; `epoch` where it stands in
+    the data. `adapter` is PEFT's configuration, `config` XTuner's. `unused`: weights that no gradient reached.
     """
 
     tool: str
@@ -41,6 +41,7 @@ class ForeignTraining:
     states: Mapping[int, Mapping[str, Lazy]] = field(default_factory=dict)
     groups: Sequence[Numbered] = ()
     moments: Mapping[str, Mapping[str, Lazy]] = field(default_factory=dict)
+    decays: Mapping[str, float] = field(default_factory=dict)
     learning_rates: Sequence[float] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
     adapter: Mapping[str, Any] = field(default_factory=dict)

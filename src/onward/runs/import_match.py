@@ -126,7 +126,8 @@ def _state(
 ) -> tuple[dict[str, Mapping[str, Lazy]], dict[str, float]]:
     """The optimizer's state by onward's names, and each parameter's weight decay where the source says it."""
     if training.moments:
-        return {name: training.moments[names[name]] for name in trained if names[name] in training.moments}, {}
+        state = {name: training.moments[names[name]] for name in trained if names[name] in training.moments}
+        return state, {name: training.decays[names[name]] for name in state if names[name] in training.decays}
     if not training.states:
         return {}, {}
     shapes = {name: training.weights[names[name]].shape for name in trained}
@@ -202,11 +203,8 @@ def differences(
     elif not all(math.isclose(a, b, rel_tol=SAME, abs_tol=1e-12) for a, b in next_rates(training, selection, horizon)):
         theirs, mine = zip(*next_rates(training, selection, horizon), strict=True)
         yield Declared(key="schedule", before=list(theirs), after=list(mine))
-    decays = matched.decays or dict.fromkeys(
-        (name for name in groups if groups[name].weight_decay), said.get("optimizer.weight_decay")
-    )
-    odd = [n for n in groups if decays.get(n) is not None and not _equal(decays[n], groups[n].weight_decay)]
-    if odd:
+    decays = matched.decays
+    if odd := [n for n in groups if n in decays and not _equal(decays[n], groups[n].weight_decay)]:
         before = f"{decays[odd[0]]:g} on {len(odd)} parameters, first {odd[0]}"
         yield Declared(key="optimizer.weight_decay", before=before, after=groups[odd[0]].weight_decay)
     if training.loss:

@@ -25,7 +25,6 @@ from onward.foreign.stored import Lazy
 from onward.foreign.training import ForeignTraining
 from onward.model.directory import ModelDirectory
 from onward.model.selection import LoraLayer, Selection
-from onward.plan.changes import change_text
 from onward.plan.load import load_plan
 from onward.plan.lock import Declared, Import, Lock, write_lock
 from onward.runs.begin import free_sibling, new_lock
@@ -143,7 +142,7 @@ def import_training(
         step=imported.step,
         weights_only=imported.weights_only,
         carried=tuple(carried),
-        differences=tuple(change_text(one.key, one.before, one.after) for one in told),
+        differences=tuple(_shown(one) for one in told),
         learning_rates=tuple((training.step + 1 + i, theirs, ours) for i, (theirs, ours) in enumerate(rates)),
         command=shlex.join(command),
     )
@@ -195,11 +194,15 @@ def _require_accepted(told: Sequence[Declared], accept: Collection[str], command
     missing = [one for one in told if one.key not in accept]
     if missing:
         flags = [word for key in keys for word in ("--accept", key)]
-        listed = "".join(f"\n  {change_text(one.key, one.before, one.after)}" for one in missing)
+        listed = "".join(f"\n  {_shown(one)}" for one in missing)
         raise Refused(
             f"the plan goes on otherwise than the source (source → plan):{listed}",
             hint=f"change the plan, or say that it is meant: {shlex.join([*command, *flags])}",
         )
+
+
+def _shown(one: Declared) -> str:
+    return f"{one.key}: {one.before} → {one.after}"
 
 
 def _digests(source: Path) -> dict[str, str]:
