@@ -50,11 +50,18 @@ def named(training: ForeignTraining, model: ModelDirectory, where: str) -> dict[
 
 
 def match(
-    training: ForeignTraining, selection: Selection, model: ModelDirectory, order: Sequence[str], where: str
+    training: ForeignTraining,
+    selection: Selection,
+    model: ModelDirectory,
+    order: Sequence[str],
+    optimizer: str,
+    where: str,
 ) -> Matched:
     """Give every tensor of the source its place. `order`: the model's parameters, adapters among them, as the tool
     counts them. Refused where the stage trains what the source did not, or the other way round, or by other shapes.
     """
+    if optimizer != "adamw":
+        raise _otherwise(f"the source trained with AdamW, the plan's optimizer is {optimizer}", 1, where)
     names = named(training, model, where)
     shapes = {name: entry.shape for name, entry in model.parameters().items()}
     trained = [name for group in selection.groups for name in group.parameters]
@@ -189,8 +196,8 @@ def differences(
     said = training.settings
     groups = {name: group for group in selection.groups for name in group.parameters}
     ours = {
-        "optimizer.betas": stage.optimizer.betas,
-        "optimizer.eps": stage.optimizer.eps,
+        "optimizer.betas": stage.optimizer.betas or (0.9, 0.999),
+        "optimizer.eps": stage.optimizer.eps or 1e-8,
         "max_grad_norm": stage.max_grad_norm,
         "batch_size": stage.batch_size,
     }
@@ -200,9 +207,8 @@ def differences(
     rates = sorted({group.learning_rate for group in selection.groups})
     if "learning_rate" in said and not all(_equal(said["learning_rate"], rate) for rate in rates):
         yield Declared(key="learning_rate", before=said["learning_rate"], after=rates if len(rates) > 1 else rates[0])
-    elif not all(math.isclose(a, b, rel_tol=SAME, abs_tol=1e-12) for a, b in next_rates(training, selection, horizon)):
-        theirs, mine = zip(*next_rates(training, selection, horizon), strict=True)
-        yield Declared(key="schedule", before=list(theirs), after=list(mine))
+    elif far := [pair for pairs in next_rates(training, selection, horizon) for pair in pairs if not _close(*pair)]:
+        yield Declared(key="schedule", before=far[0][0], after=far[0][1])
     decays = matched.decays
     if odd := [n for n in groups if n in decays and not _equal(decays[n], groups[n].weight_decay)]:
         before = f"{decays[odd[0]]:g} on {len(odd)} parameters, first {odd[0]}"
@@ -214,12 +220,17 @@ def differences(
     yield Declared(key="data_order", before=f"the source's{place}", after=after)
 
 
-def next_rates(training: ForeignTraining, selection: Selection, horizon: Horizon) -> list[tuple[float, float]]:
-    """The source's learning rates of the next steps beside the plan's for its first group."""
-    peak = selection.groups[0].learning_rate
-    left = max(0, horizon.total - training.step)
-    steps = range(training.step + 1, training.step + 1 + min(left, len(training.learning_rates)))
-    return [(theirs, peak * horizon.factor(s)) for theirs, s in zip(training.learning_rates, steps, strict=False)]
+def next_rates(training: ForeignTraining, selection: Selection, horizon: Horizon) -> list[list[tuple[float, float]]]:
+    """For each of the next steps the source's learning rate beside the plan's, group by group."""
+    steps = range(training.step + 1, horizon.total + 1)
+    return [
+        [(theirs, ours) for ours in horizon.rates(selection.groups, step).values()]
+        for theirs, step in zip(training.learning_rates, steps, strict=False)
+    ]
+
+
+def _close(theirs: float, ours: float) -> bool:
+    return math.isclose(theirs, ours, rel_tol=SAME, abs_tol=1e-12)
 
 
 def _equal(a: Any, b: Any) -> bool:

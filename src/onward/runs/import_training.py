@@ -100,7 +100,7 @@ def import_training(
     matched: Matched | None = None
     if training.has_optimizer:
         selection, order = _selection(resolved)
-        matched = match(training, selection, resolved.model, order, str(source))
+        matched = match(training, selection, resolved.model, order, stage.optimizer.name, str(source))
         _require_same_base(matched.frozen, resolved.model, source)
         _require_steps_left(training, inputs[stage.name].total_steps, source)
         told = tuple(differences(training, matched, stage, selection, inputs[stage.name].horizon))
@@ -143,7 +143,7 @@ def import_training(
         weights_only=imported.weights_only,
         carried=tuple(carried),
         differences=tuple(_shown(one) for one in told),
-        learning_rates=tuple((training.step + 1 + i, theirs, ours) for i, (theirs, ours) in enumerate(rates)),
+        learning_rates=tuple((training.step + 1 + i, *pairs[0]) for i, pairs in enumerate(rates)),
         command=shlex.join(command),
     )
 
@@ -229,6 +229,7 @@ def _checkpoint(
 
     from onward.data.order import Epochs
     from onward.model.adapters import lora_config
+    from onward.weights.quantised import to_json
 
     stage, family = resolved.stages[0].plan, resolved.model.family
     directory = run.checkpoints(resolved.names, stage.name) / checkpoint_name(training.step)
@@ -243,6 +244,7 @@ def _checkpoint(
     seen = whole * samples + min(rest * stage.batch_size, samples)
     base = base_name(resolved.model.path, directory, run.path)
     adapter = {name: tensor for name, tensor in weights.items() if is_adapter(name)}
+    quantisation = to_json(selection.quantised) if selection.quantised else {}
     snapshot = Snapshot(
         run_id=lock.run_id,
         stage=stage.name,
@@ -251,7 +253,7 @@ def _checkpoint(
         base=_base(run, lock, resolved),
         names={"family": family.name, "version": family.version},
         weights={name: tensor for name, tensor in weights.items() if name not in adapter},
-        adapter=Adapter(lora_config(selection.lora, base), adapter) if adapter else None,
+        adapter=Adapter(lora_config(selection.lora, base), adapter, quantisation) if adapter else None,
         optimizer=state,
         optimizer_name=stage.optimizer.name,
         progress=Progress(step=training.step, samples=seen).to_json(),
