@@ -39,7 +39,8 @@ DISK = (
 def convert_config(config: Config, source: Path) -> Converted:
     """InternVL's configuration. InputError for another text model, or an option that transformers' class has not."""
     where = str(source / "config.json")
-    must_be(config, "ps_version", "v2", "the first pixel shuffle turns the patches another way", where)
+    stated = {"ps_version": "v1", **config}  # what its own code takes where the file says nothing
+    must_be(stated, "ps_version", "v2", "the first pixel shuffle leaves rows and columns exchanged", where)
     vision, limits = _vision(config, where)
     text, more = _text(config, source)
     tied = bool(text.pop("tie_word_embeddings", False))
@@ -154,8 +155,8 @@ def rules(config: Config) -> tuple[Rule, ...]:
 
 
 def write_files(source: Path, out: Path, config: Config, converted: Config) -> list[str]:
-    size, patches = converted["vision_config"]["image_size"][0], config.get("max_dynamic_patch", 12)
-    tiled = bool(config.get("dynamic_image_size", True))
+    size, patches = converted["vision_config"]["image_size"][0], config.get("max_dynamic_patch", 6)
+    tiled = bool(config.get("dynamic_image_size", False))
     given = read_json(source / "preprocessor_config.json") if (source / "preprocessor_config.json").is_file() else {}
     image_processor = {
         "image_processor_type": "GotOcr2ImageProcessor",
@@ -187,7 +188,7 @@ def write_files(source: Path, out: Path, config: Config, converted: Config) -> l
         template.write_text(with_images(template.read_text(), f"'{IMAGE}\\n'"))
     if not tiled:
         return [*notes, "one tile an image: its configuration has dynamic_image_size off"]
-    thumbnail = bool(config.get("use_thumbnail", True))
+    thumbnail = bool(config.get("use_thumbnail", False))
     return notes if thumbnail else [*notes, "it has use_thumbnail off; here an image of several tiles gets one"]
 
 
