@@ -234,3 +234,28 @@ def test_the_command_takes_models_and_their_adapters(tmp_path: Path, capsys) -> 
     assert main(again) == 1 and "not empty" in capsys.readouterr().err
     assert main(["merge", str(tmp_path / "new"), "--base", str(tmp_path / "theirs"), "--out", str(tmp_path / "x")]) == 1
     assert "onward import" in capsys.readouterr().err
+
+
+def test_magnitudes_of_dora_are_split_with_the_rows(tmp_path: Path) -> None:
+    """The norm that DoRA divides by is one of each row, so a fused layer's parts have the same."""
+    legacy.internlm2(tmp_path / "theirs")
+    tensors = adapter_for(tmp_path / "theirs", ("wqkv",), tmp_path / "adapter", use_dora=True)
+    chance = torch.Generator().manual_seed(5)
+    weights = load_file(tmp_path / "theirs" / "model.safetensors")
+    for key in [key for key in tensors if ".lora_A." in key]:
+        name = key.removeprefix("base_model.model.").replace(".lora_A", "")
+        magnitude = torch.rand(weights[name].shape[0], generator=chance) + 0.5
+        a, b = tensors[key], tensors[key.replace("_A", "_B")]
+        tensors[key.replace(".lora_A.weight", ".lora_magnitude_vector")] = magnitude
+        added = weights[name] + 12 / a.shape[0] * (b @ a)
+        weights[name] = magnitude[:, None] * added / added.norm(dim=1, keepdim=True)
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    converted = convert(tmp_path / "theirs", tmp_path / "ours")
+    import_adapter(tmp_path / "adapter", converted, tmp_path / "new", shapes_of=parameter_shapes)
+    save_file(weights, tmp_path / "theirs" / "model.safetensors")
+    expected = load_model(convert(tmp_path / "theirs", tmp_path / "other"), precision="fp32", device="cpu").model.eval()
+    ids = torch.arange(3, 40).reshape(1, -1)
+    with torch.no_grad():
+        logits = expected(input_ids=ids).logits
+        for model in (adapted(tmp_path / "new", converted), merged(tmp_path / "new", None, tmp_path / "merged")):
+            assert float((model(input_ids=ids).logits - logits).abs().max()) < BOUND

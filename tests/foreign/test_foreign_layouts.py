@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -400,3 +402,32 @@ def test_qwen_vl_generates_saves_and_loads_again(tmp_path: Path) -> None:
     loss = native(**inputs, labels=ids).loss
     loss.backward()
     assert all(parameter.grad is not None for parameter in native.parameters())
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from onward.foreign.layouts.convert import import_model
+from onward.model.shapes import parameter_shapes
+small, big, out = map(Path, sys.argv[1:])
+
+def of_process(key):
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if key in line)
+
+import_model(small, out / "small", shapes_of=parameter_shapes)  # what imports and classes take
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = of_process("VmRSS")
+import_model(big, out / "big", shapes_of=parameter_shapes)
+print((of_process("VmHWM") - before) * 1024)
+"""
+
+
+@pytest.mark.whole
+def test_memory_holds_a_tensor_and_its_part_not_the_model(tmp_path: Path) -> None:
+    size = {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 2048, "num_hidden_layers": 24}
+    legacy.internlm2(tmp_path / "small")
+    legacy.internlm2(tmp_path / "big", **size, shards=2)
+    stored = sum(path.stat().st_size for path in (tmp_path / "big").glob("*.safetensors"))
+    command = [sys.executable, "-c", MEASURE, *map(str, (tmp_path / "small", tmp_path / "big", tmp_path / "out"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert stored > 300e6 and int(done.stdout.split()[-1]) < 0.2 * stored

@@ -23,7 +23,7 @@ def converted(pieces: Pieces, rules: Sequence[Rule], left_out: dict[str, str]) -
     once, ours = Once(), dict[str, Piece]()
     for name, piece in pieces.items():
         layer, ending = split_name(name)
-        known, parts = placed(layer, rules, piece.origin)
+        known, parts = placed(layer, rules, f"{piece.origin}, tensor {name}")
         if not parts:
             left_out[name] = "computed from the configuration"
             continue

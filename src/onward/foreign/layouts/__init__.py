@@ -14,7 +14,10 @@ from onward.foreign.layouts.qwen_vl import QWEN_VL
 
 __all__ = ["Layout", "are_foreign", "layout_of"]
 
-THEIRS = r"\.attention\.wqkv\.|\.feed_forward\.w[123]\.|\.transformer\.h\.\d+\.mlp\.w[12]\.|vision_model\.encoder\.layers\.\d+\.attn\.qkv\."
+THEIRS = (
+    r"\.attention\.wqkv\.|\.feed_forward\.w[123]\.|\.transformer\.h\.\d+\.mlp\.w[12]\."
+    r"|vision_model\.encoder\.layers\.\d+\.attn\.qkv\."
+)
 """Layers that only these layouts have."""
 
 

@@ -5,24 +5,23 @@ Weights are streamed: memory holds one of their tensors and its part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from onward.cache import cached_digest
 from onward.checkpoint.tensorfile import FileRecord, TensorSpec
 from onward.errors import InputError
 from onward.files import committed_directory, digest_file, read_json, require_space, write_json
+from onward.foreign.converted import converted
 from onward.foreign.layouts import layout_of
 from onward.foreign.layouts.gptq import unpacked
-from onward.foreign.layouts.rules import Part, Rule, on_disk, placed, split_name
-from onward.foreign.layouts.source import Stored, open_tensors
+from onward.foreign.layouts.rules import on_disk
+from onward.foreign.pieces import model_pieces
+from onward.weights.pieces import Piece, Pieces, written
 from onward.weights.sharded import Pending, write_sharded
-
-if TYPE_CHECKING:
-    import torch
 
 PROVENANCE = "onward-import.json"
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
@@ -76,18 +75,24 @@ def import_model(source: Path, out: Path, *, shapes_of: Shapes) -> ImportReport:
             hint=f"onward inspect {source} says what it is",
         )
     require_new(out)
-    converted = layout.config(config, source)
-    tensors, notes = unpacked(open_tensors(source), config, source)
+    target = layout.config(config, source)
+    theirs, notes = unpacked(model_pieces(source), config, source)
     left: dict[str, str] = {}
-    pending = _plan(tensors, layout.rules(config), converted.config, left, source)
-    _check(pending, shapes_of(converted.config), source)
-    pending = [replace(one, spec=replace(one.spec, name=on_disk(one.spec.name, layout.disk))) for one in pending]
+    ours = converted(theirs, layout.rules(config), left)
+    if target.config["tie_word_embeddings"]:
+        _untied(ours, left, source)
+    _check(ours, shapes_of(target.config), source)
+    names = {name: on_disk(name, layout.disk) for name in ours}
+    pending = [
+        Pending(TensorSpec(names[name], piece.dtype, piece.shape), partial(written, piece, name, piece.dtype))
+        for name, piece in ours.items()
+    ]
     size = sum(tensor.spec.nbytes for tensor in pending)
     require_space(out, size, "the converted model")
     with committed_directory(out) as unfinished:
         records = write_sharded(unfinished, pending)
-        write_json(unfinished / "config.json", converted.config)
-        notes += layout.files(source, unfinished, config, converted.config)
+        write_json(unfinished / "config.json", target.config)
+        notes += layout.files(source, unfinished, config, target.config)
         report = ImportReport(
             source=str(source.resolve()),
             out=str(out),
@@ -96,11 +101,11 @@ def import_model(source: Path, out: Path, *, shapes_of: Shapes) -> ImportReport:
             tensors=len(pending),
             tensor_bytes=size,
             left=left,
-            limits=converted.limits,
+            limits=target.limits,
             notes=tuple(notes),
             files=_records(unfinished, records),
         )
-        used = sorted({tensor.file for tensor in tensors.values()} | {source / "config.json"})
+        used = sorted({Path(piece.origin) for piece in theirs.values()} | {source / "config.json"})
         provenance = {
             **report.to_json(),
             "source_config": config,  # adapters that were made for the original need it
@@ -123,62 +128,18 @@ def _records(directory: Path, known: list[FileRecord]) -> tuple[FileRecord, ...]
     return (*known, *(FileRecord(path.name, path.stat().st_size, digest_file(path, "xxh3")) for path in beside))
 
 
-def _plan(
-    tensors: Mapping[str, Stored], rules: tuple[Rule, ...], config: dict[str, Any], left: dict[str, str], source: Path
-) -> list[Pending]:
-    """Ours, in the order of theirs. Fills `left`."""
-    pending: dict[str, Pending] = {}
-    read = _reader()
-    for name, stored in tensors.items():
-        layer, ending = split_name(name)
-        where = f"{stored.file}, tensor {name}"
-        known, parts = placed(layer, rules, where)
-        if not known.parts:
-            left[name] = "computed from the configuration"
-        elif ending == ".bias" and not known.bias:
-            if bool(stored.read().any()):
-                raise InputError("is not zero, but the layer has no bias in the model that this becomes", where=where)
-            left[name] = "a bias of zero, of a layer that has none here"
-        for part in parts if name not in left else ():
-            ours = part.name + ending
-            if ours in pending:
-                raise InputError(f"{ours} is made twice, the second time of this tensor", where=where)
-            count = part.rows.count(stored.shape[0], where) if part.rows else 0
-            shape = (count, *stored.shape[1:]) if part.rows else stored.shape
-            pending[ours] = Pending(TensorSpec(ours, stored.dtype, shape), partial(_made, read, name, stored, part))
-    if config["tie_word_embeddings"] and HEAD in pending:
-        embedding = next((tensor for name, tensor in pending.items() if name.endswith(EMBEDDING)), None)
-        if embedding is None or not _equal(pending.pop(HEAD), embedding):
+def _untied(pieces: dict[str, Piece], left: dict[str, str], source: Path) -> None:
+    """Take the head out of a model that ties it. InputError where it is another than the embedding."""
+    if HEAD in pieces:
+        head, embedding = pieces.pop(HEAD), next((p for name, p in pieces.items() if name.endswith(EMBEDDING)), None)
+        if embedding is None or head.shape != embedding.shape or not bool((head.read() == embedding.read()).all()):
             raise InputError("says tie_word_embeddings, but its head is not its embedding", where=str(source))
         left[HEAD] = "tied: it is the embedding"
-    return list(pending.values())
 
 
-def _equal(one: Pending, other: Pending) -> bool:
-    return one.spec.shape == other.spec.shape and bool((one.make() == other.make()).all())
-
-
-def _made(read: Callable[[str, Stored], torch.Tensor], name: str, stored: Stored, part: Part) -> torch.Tensor:
-    tensor = read(name, stored)
-    return part.rows.of(tensor) if part.rows else tensor
-
-
-def _reader() -> Callable[[str, Stored], torch.Tensor]:
-    """Reads a tensor; the one read last is kept, because its parts are made one after another."""
-    last: dict[str, torch.Tensor] = {}
-
-    def read(name: str, stored: Stored) -> torch.Tensor:
-        if name not in last:
-            last.clear()
-            last[name] = stored.read()
-        return last[name]
-
-    return read
-
-
-def _check(pending: Sequence[Pending], expected: Mapping[str, tuple[int, ...]], source: Path) -> None:
+def _check(pieces: Pieces, expected: Mapping[str, tuple[int, ...]], source: Path) -> None:
     """InputError unless the tensors to be made are those of the model, in its shapes."""
-    made = {tensor.spec.name: tensor.spec.shape for tensor in pending}
+    made = {name: piece.shape for name, piece in pieces.items()}
     if odd := sorted(made.keys() ^ expected.keys()):
         reason = f"{odd[0]} would be made, but the model has none" if odd[0] in made else f"nothing becomes {odd[0]}"
         raise InputError(f"{reason} ({len(odd)} such tensors)", where=str(source))

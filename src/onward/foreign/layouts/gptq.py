@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from onward.errors import InputError
 from onward.files import read_json
-from onward.foreign.layouts.source import Stored
+from onward.weights.pieces import Piece, Pieces
 
 if TYPE_CHECKING:
     import torch
@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
 
-def unpacked(
-    tensors: Mapping[str, Stored], config: Mapping[str, Any], source: Path
-) -> tuple[dict[str, Stored], list[str]]:
+def unpacked(tensors: Pieces, config: Mapping[str, Any], source: Path) -> tuple[dict[str, Piece], list[str]]:
     """The tensors with a `weight` in fp32 in the place of every packed layer, and what the report should say of it.
 
     InputError for quantisation other than GPTQ's, or a layer of which a part is missing or has another shape.
@@ -43,39 +41,37 @@ def unpacked(
     if given.get("quant_method", "gptq") != "gptq" or bits not in (2, 4, 8):
         raise InputError(f"quantisation {quantisation!r} is not unpacked: only GPTQ's, of 2, 4 or 8 bits", where=where)
     offset = 0 if given.get("checkpoint_format") == "gptq_v2" else 1
-    found: dict[str, Stored] = {}
-    for name, stored in tensors.items():
+    found: dict[str, Piece] = {}
+    for name, piece in tensors.items():
         layer, _, part = name.rpartition(".")
         if part == "qweight":
             found[f"{layer}.weight"] = _weight(layer, tensors, bits, offset)
         elif part not in PACKED or layer not in packed:
-            found[name] = stored
+            found[name] = piece
     return found, [f"{len(packed)} layers of {bits} bits (GPTQ) are unpacked to fp32, which holds their values exactly"]
 
 
-def _weight(layer: str, tensors: Mapping[str, Stored], bits: int, offset: int) -> Stored:
+def _weight(layer: str, tensors: Pieces, bits: int, offset: int) -> Piece:
     parts = {part: tensors.get(f"{layer}.{part}") for part in PACKED}
     qweight, qzeros, scales, g_idx = parts.values()
     assert qweight is not None
     if qzeros is None or scales is None:
-        raise InputError("is packed, but its qzeros or scales are missing", where=f"{qweight.file}, layer {layer}")
+        raise InputError("is packed, but its qzeros or scales are missing", where=f"{qweight.origin}, layer {layer}")
     values = 32 // bits
     rows, columns = qweight.shape[0] * values, qweight.shape[-1]
     groups = scales.shape[0]
     shapes = {"qzeros": (groups, columns // values), "scales": (groups, columns), "g_idx": (rows,)}
     for part, shape in shapes.items():
-        stored = parts[part]
-        if stored is not None and stored.shape != shape:
-            raise InputError(f"is {stored.shape}, not {shape}", where=f"{stored.file}, tensor {layer}.{part}")
+        piece = parts[part]
+        if piece is not None and piece.shape != shape:
+            raise InputError(f"is {piece.shape}, not {shape}", where=f"{piece.origin}, tensor {layer}.{part}")
     if g_idx is None and rows % groups:
-        raise InputError(f"{rows} inputs are not {groups} groups", where=f"{qweight.file}, layer {layer}")
+        raise InputError(f"{rows} inputs are not {groups} groups", where=f"{qweight.origin}, layer {layer}")
     read = partial(_unpack, qweight, qzeros, scales, g_idx, bits, offset)
     return replace(qweight, dtype="F32", shape=(columns, rows), read=read)
 
 
-def _unpack(
-    qweight: Stored, qzeros: Stored, scales: Stored, g_idx: Stored | None, bits: int, offset: int
-) -> torch.Tensor:
+def _unpack(qweight: Piece, qzeros: Piece, scales: Piece, g_idx: Piece | None, bits: int, offset: int) -> torch.Tensor:
     import torch
 
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)
@@ -86,5 +82,5 @@ def _unpack(
     inputs, groups = weight.shape[0], scale.shape[0]
     group = g_idx.read().long() if g_idx else torch.arange(inputs) // (inputs // groups)
     if int(group.min()) < 0 or int(group.max()) >= groups:
-        raise InputError(f"names a group beyond {groups}", where=f"{qweight.file}, a layer's g_idx")
+        raise InputError(f"names a group beyond {groups}", where=f"{qweight.origin}, a layer's g_idx")
     return (scale[group] * (weight - zero[group])).t().contiguous()
