@@ -458,8 +458,8 @@ def slow_sentencepiece(directory: Path):
     return encode
 
 
-def tiktoken_files(directory: Path, size: int = 420) -> None:
-    """qwen.tiktoken: 256 bytes in GPT-2's order, then what a byte-level BPE learns."""
+def tiktoken_files(directory: Path, size: int = 420, alone: bytes = b"") -> None:
+    """qwen.tiktoken: 256 bytes in GPT-2's order, what a byte-level BPE learns, a token that no two others make."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -468,11 +468,13 @@ def tiktoken_files(directory: Path, size: int = 420) -> None:
     letters = {chr(b) if b in printable else chr(256 + order.index(b) - len(printable)): b for b in order}
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=list(letters), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=size - bool(alone), initial_alphabet=list(letters), show_progress=False)
     bpe.train_from_iterator([*CORPUS, "a  b   c    d     e"] * 2, trainer)
     learnt = sorted(bpe.get_vocab().items(), key=lambda pair: pair[1])
     tokens = [bytes([byte]) for byte in order]
     tokens += [bytes(letters[c] for c in token) for token, _ in learnt if len(token) > 1]
+    if alone:
+        tokens.append(alone)
     lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
     (directory / "qwen.tiktoken").write_bytes(b"".join(lines))
     (directory / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 256}))

@@ -278,13 +278,27 @@ def test_tiktoken_ids(tmp_path: Path, kind: str) -> None:
     from onward.foreign.layouts.tiktoken import TEMPLATE, convert_tokenizer
 
     source, out = tmp_path / "theirs", tmp_path / "ours"
-    legacy.tiktoken_files(source)
+    legacy.tiktoken_files(source, alone=b" zqxj")  # tiktoken takes a word that is a token whole
     out.mkdir()
-    special = convert_tokenizer(source, out, chat_template=TEMPLATE)
+    special, notes = convert_tokenizer(source, out, chat_template=TEMPLATE)
+    assert len(notes) == 1 and notes[0].startswith("1 tokens")
     ours, theirs = AutoTokenizer.from_pretrained(out), legacy.slow_tiktoken(source, special, PATTERN)
     assert min(special.values()) == special["<|endoftext|>"] == 420
-    for text in legacy.texts(kind, 300, seed=0):
+    for text in [*legacy.texts(kind, 300, seed=0), "a zqxj zqxj", " zqxjs"]:
         assert ours(text).input_ids == theirs(text), text
+
+
+def test_tiktoken_ids_of_an_imported_model(originals: Path, tmp_path: Path) -> None:
+    """transformers takes another tokenizer class for a model of this type than for a directory of its tokenizer."""
+    from transformers import AutoTokenizer
+
+    convert(originals / "qwen", tmp_path / "ours")
+    ours = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    special = {name: number for name, number in ours.get_vocab().items() if name.startswith("<|")}
+    theirs = legacy.slow_tiktoken(originals / "qwen", special, PATTERN)
+    for kind in legacy.CLASSES:
+        for text in legacy.texts(kind, 150, seed=3):
+            assert ours(text).input_ids == theirs(text), text
 
 
 def change_config(directory: Path, **changes) -> None:

@@ -90,9 +90,9 @@ def write_files(source: Path, out: Path, config: Config, converted: Config) -> l
     from onward.foreign.layouts.sidecars import write_generation_config
     from onward.foreign.layouts.tiktoken import TEMPLATE, convert_tokenizer
 
-    tokens = convert_tokenizer(source, out, chat_template=TEMPLATE)
+    tokens, notes = convert_tokenizer(source, out, chat_template=TEMPLATE)
     write_generation_config(source, out, ends=(tokens["<|im_end|>"], tokens["<|endoftext|>"]))
-    return []
+    return notes
 
 
 QWEN = Layout("Qwen", "Qwen2ForCausalLM", convert_config, rules, write_files)

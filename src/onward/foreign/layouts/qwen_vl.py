@@ -63,7 +63,7 @@ def write_files(source: Path, out: Path, config: Config, converted: Config) -> l
     from onward.foreign.layouts.tiktoken import IMAGE_SPECIAL, SPECIAL, TEMPLATE, convert_tokenizer
 
     template = with_images(TEMPLATE, PICTURE)
-    tokens = convert_tokenizer(source, out, chat_template=template, special=SPECIAL + IMAGE_SPECIAL)
+    tokens, notes = convert_tokenizer(source, out, chat_template=template, special=SPECIAL + IMAGE_SPECIAL)
     if tokens["<img>"] != converted["image_start_id"]:
         raise InputError(
             f"its <img> is token {tokens['<img>']}, its config.json says {converted['image_start_id']}",
@@ -88,7 +88,7 @@ def write_files(source: Path, out: Path, config: Config, converted: Config) -> l
     )
     write_json(out / "processor_config.json", {"image_seq_length": converted["vision_config"]["queries"]})
     write_generation_config(source, out, ends=(tokens["<|im_end|>"], tokens["<|endoftext|>"]))
-    return ["its class is onward's own: transformers loads the result after `import onward.model.first_qwen_vl`"]
+    return [*notes, "its class is onward's own: transformers loads it after `import onward.model.first_qwen_vl`"]
 
 
 QWEN_VL = Layout("Qwen-VL", "QwenVLForConditionalGeneration (onward's own)", convert_config, rules, write_files)

@@ -34,14 +34,15 @@ TEMPLATE = (
 
 def convert_tokenizer(
     source: Path, out: Path, *, chat_template: str, special: tuple[str, ...] = SPECIAL
-) -> dict[str, int]:
-    """Write tokenizer.json, tokenizer_config.json and the chat template; the ids of the special tokens.
+) -> tuple[dict[str, int], list[str]]:
+    """Write tokenizer.json, tokenizer_config.json and the chat template; the ids of the special tokens, and notes.
 
     They follow the ranks, as in every published version. DamageError for a file that is not base64 and rank by line.
     """
     ranks = _ranks(source / FILE)
     letters = _letters()
     names = {token: "".join(letters[byte] for byte in token) for token in ranks}
+    merges = _merges(ranks, names)
     ids = {token: len(ranks) + n for n, token in enumerate(special)}
     write_json(
         out / "tokenizer.json",
@@ -70,7 +71,7 @@ def convert_tokenizer(
                 "byte_fallback": False,
                 "ignore_merges": True,  # as tiktoken: a word that is a token is taken whole
                 "vocab": {names[token]: rank for token, rank in ranks.items()},
-                "merges": _merges(ranks, names),
+                "merges": merges,
             },
         },
     )
@@ -88,7 +89,9 @@ def convert_tokenizer(
         },
     )
     (out / "chat_template.jinja").write_text(chat_template)
-    return ids
+    alone = {name for name in names.values() if len(name) > 1} - {a + b for a, b in merges}
+    note = f"{len(alone)} tokens are made by no two others: tokenizer.json finds them, transformers' Qwen2Tokenizer not"
+    return ids, [note] if alone else []
 
 
 def _ranks(path: Path) -> dict[bytes, int]:
