@@ -98,7 +98,7 @@ stages:
 ```
 
 The model is put together once, under onward's cache (`$ONWARD_CACHE`, else `~/.cache/onward`), as an ordinary model directory with every parameter from exactly one part (`assembly.json` lists them).
-Its name is a digest of what goes into it: parts that are moved are the same model, and a cache that is deleted is made again with the same bytes. A new projector's layers are drawn as torch draws linear
+Its name is a digest of what goes into it: parts that are moved are the same model, and a cache that is deleted is made again with the same bytes; adapters that a stage hands on name it as their base. A new projector's layers are drawn as torch draws linear
 layers, each from (seed, "projector", its name). The tokenizer gets the image token where it has none, its row of the embedding being the mean of the others. A tower in fp32 beside a language model in bf16 keeps its type,
 and then all is computed in fp32 unless `precision: bf16` under `model` says otherwise.
 

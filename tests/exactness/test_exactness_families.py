@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from harness import KILLED, Killer, assert_identical, in_child, start
 
+from onward.runs.verify import verify
+
 TABLE = Path(__file__).parents[2] / "docs/models.json"
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "internlm3")
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
@@ -223,3 +225,21 @@ def test_a_llava_from_parts_is_the_same_after_its_cache_is_gone(
     assert start(plan, run) == 0
     assert_identical(tmp_path / "whole", run)
     assert in_child(lambda: opened_by_transformers(assembled, run / "stages/2-sft/output")) == 0
+    shutil.rmtree(assembled)
+    assert in_child(lambda: len(verify(run).problems)) == 0
+
+
+def test_limits_on_images_are_of_the_lock(models: Path, tmp_path: Path) -> None:
+    """Killed and continued under them; another limit is another run, until its stage begins."""
+    limited = "data: colours.jsonl, steps: 3, images: {max_pixels: 1568}"
+    plan = write_plan(models, "limits", kind="qwen2_vl", first="projector: {mode: full}", second=f"projector: {LORA}")
+    plan.write_text(plan.read_text().replace("data: colours.jsonl, steps: 3", limited))
+    assert start(plan, tmp_path / "whole") == 0
+    run = tmp_path / "run"
+    assert start(plan, run, view=Killer(("second", 2))) == KILLED
+    assert start(plan, run, "stages.second.images.max_pixels=3136") == 3
+    assert start(plan, run) == 0
+    assert_identical(tmp_path / "whole", run)
+    other = tmp_path / "other"
+    assert start(plan, other, view=Killer(("first", 2))) == KILLED
+    assert start(plan, other, "stages.second.images.max_pixels=3136") == 0

@@ -207,6 +207,23 @@ def test_a_mixture_of_experts_trains_around_its_experts(models: Path, tmp_path: 
     assert torch.equal(again.get_parameter(names[0]), full[names[0]])
 
 
+def test_a_type_that_transformers_does_not_build_is_told(models: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from onward.model.skeleton import empty_model
+
+    for model_type, directory in (("strange", "mixtral"), ("vipllava", "llava")):
+        copy = shutil.copytree(models / directory, tmp_path / model_type)
+        config = json.loads((copy / "config.json").read_text())
+        (copy / "config.json").write_text(json.dumps({**config, "model_type": model_type}))
+        for build in (
+            lambda where: load_model(where, precision="fp32", device="cpu"),
+            lambda where: empty_model(open_model_directory(where)),
+        ):
+            with pytest.raises(InputError, match=f"model_type {model_type}: transformers' AutoModelForCausalLM"):
+                build(copy)
+
+
 def test_internlm3_is_transformers_own(tmp_path: Path) -> None:
     tiny.text_model(tmp_path / "model", "internlm3")
     config = json.loads((tmp_path / "model/config.json").read_text())

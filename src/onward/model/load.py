@@ -11,7 +11,7 @@ import torch
 
 from onward.errors import DamageError, InputError, PlanError
 from onward.model.directory import ModelDirectory, open_model_directory
-from onward.model.skeleton import empty_model, fill
+from onward.model.skeleton import empty_model, fill, not_built
 from onward.weights.quantised import Quantisation
 
 
@@ -66,14 +66,17 @@ def _from_pretrained(opened: ModelDirectory, dtype: torch.dtype) -> Any:
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its report of what it would replace; here each of those is an error
-    model, info = opened.family.load_class().from_pretrained(
-        opened.path,
-        dtype=dtype,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # tells them apart instead of raising a report
-        local_files_only=True,
-        trust_remote_code=False,
-    )
+    try:
+        model, info = opened.family.load_class().from_pretrained(
+            opened.path,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # tells them apart instead of raising a report
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except ValueError as error:
+        raise not_built(opened, error) from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info[kind]:
             first = sorted(str(item) for item in info[kind])[0]

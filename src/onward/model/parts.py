@@ -63,16 +63,21 @@ def whole_model(
     return out
 
 
-def _content(path: Path) -> Any:
-    """What a part's files hold, by their names."""
+def part_files(path: Path) -> list[Path]:
+    """The files of a part that decide about the whole: weights and what lies beside them; or itself, if it is one.
+
+    InputError where there is nothing.
+    """
     if path.is_file():
-        return cached_digest(path)
+        return [path]
     if not path.is_dir():
         raise InputError("no such file or directory", where=str(path))
-    weights = [path / shard.path.name for shard in model_shards(path)] if (path / "config.json").is_file() else []
-    others = [*path.glob("*.safetensors")] if not weights else []
-    files = sorted({*weights, *others, *sidecars(path)})
-    return {file.relative_to(path).as_posix(): cached_digest(file) for file in files}
+    weights = [shard.path for shard in model_shards(path)] if (path / "config.json").is_file() else []
+    return sorted({*(weights or path.glob("*.safetensors")), *sidecars(path)})
+
+
+def _content(path: Path) -> dict[str, str]:
+    return {file.relative_to(path).as_posix(): cached_digest(file) for file in part_files(path)}
 
 
 def _projector_shapes(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from onward.checkpoint.tensorfile import read_tensor
-from onward.errors import DamageError
+from onward.errors import DamageError, InputError
 from onward.model.directory import ModelDirectory
 from onward.model.quantised import QuantisedLinear
 from onward.weights.quantised import Quantisation
@@ -16,15 +16,31 @@ from onward.weights.shards import model_shards
 
 
 def empty_model(opened: ModelDirectory) -> Any:
-    """The model of a directory with parameters that have shapes and no values. Its buffers have theirs."""
+    """The model of a directory with parameters that have shapes and no values. Its buffers have theirs.
+
+    InputError for a type of model that transformers does not build.
+    """
     import transformers
     from accelerate import init_empty_weights
 
     auto_class = opened.family.load_class()
-    config = transformers.AutoConfig.from_pretrained(opened.path, local_files_only=True, trust_remote_code=False)
-    with init_empty_weights(include_buffers=False):
-        model = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    try:
+        config = transformers.AutoConfig.from_pretrained(opened.path, local_files_only=True, trust_remote_code=False)
+        with init_empty_weights(include_buffers=False):
+            model = auto_class.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except ValueError as error:
+        raise not_built(opened, error) from None
     return model
+
+
+def not_built(opened: ModelDirectory, error: ValueError) -> InputError:
+    """What to say where transformers has no class for a model, or refuses its configuration."""
+    model_type, reason = opened.config.get("model_type"), str(error).strip().splitlines()[0]
+    return InputError(
+        f"model_type {model_type}: transformers' {opened.family.auto_class} does not build it ({reason})",
+        where=str(opened.path / "config.json"),
+        hint="onward trains the families of docs/models.md, and any decoder that AutoModelForCausalLM knows",
+    )
 
 
 def fill(model: Any, opened: ModelDirectory, quantised: Mapping[str, Quantisation], dtype: torch.dtype) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,12 @@ from onward.cache import cached_digest
 from onward.errors import InputError
 from onward.files import canonical_json, digest_bytes
 from onward.model.directory import fingerprint_model
+from onward.model.parts import part_files
 from onward.plan.functions import source_digest
 from onward.plan.load import LoadedPlan
 from onward.plan.lock import Extension, Lock, extensions_of
 from onward.plan.schema import Evaluate
-from onward.runs.resolve import Resolved, ResolvedStage
+from onward.runs.resolve import Resolved, ResolvedStage, parts_of
 from onward.train.schedule import Horizon, horizon_of
 from onward.weights.sidecars import sidecars
 
@@ -120,13 +121,23 @@ class Content:
         return cls(lock.fingerprints, lock.files)
 
 
+def _model_files(resolved: Resolved) -> Iterator[tuple[str, Path]]:
+    """The files that the model is read from, as the plan names them: of a model from parts, those of its parts."""
+    loaded, model = resolved.loaded, resolved.model
+    if isinstance(named := loaded.plan.model, str):
+        found = {named: (model.path, [*(model.path / name for name in model.files), *sidecars(model.path)])}
+    else:
+        found = {getattr(named, module): (path, part_files(path)) for module, path in parts_of(loaded).items()}
+    for name, (place, files) in found.items():
+        shown = name if place == loaded.resolve(name) else str(place)
+        for file in files:
+            yield (shown if file == place else f"{shown}/{file.relative_to(place)}"), file
+
+
 def content_of(resolved: Resolved, inputs: Mapping[str, StageInputs]) -> Content:
     """Every byte is read, once; images count by name and size."""
     model, plan = resolved.model.path, resolved.loaded.plan
-    beside = isinstance(plan.model, str) and model == resolved.loaded.resolve(plan.model)
-    named = plan.model if beside else str(model)
-    files = {f"{named}/{name}": cached_digest(model / name) for name in resolved.model.files}
-    files |= {f"{named}/{path.relative_to(model)}": cached_digest(path) for path in sidecars(model)}
+    files = {named: cached_digest(path) for named, path in _model_files(resolved)}
     for stage in plan.stages:
         ready = inputs[stage.name]
         for sources, data in ((stage.data, ready.data), (stage.evaluate and stage.evaluate.data, ready.evaluation)):

@@ -118,18 +118,30 @@ def _without_tokens(loaded: LoadedPlan) -> Path:
     model, where = loaded.plan.model, loaded.where("model")
     if isinstance(model, str):
         return _found(loaded, model, where)
-    from onward.model.parts import NEW, whole_model
+    from onward.model.parts import whole_model
 
     settings = model.model_dump(exclude_none=True, exclude={"family", "precision", *WHOLES})
-    named = {module: getattr(model, module) for module in WHOLES if (module, getattr(model, module)) != NEW}
-    modules = {module: _found(loaded, name, loaded.where("model", module)) for module, name in named.items()}
     if "image_processor" in settings:
         place = _found(loaded, settings["image_processor"], loaded.where("model", "image_processor"))
         settings["image_processor"] = str(place)
+    parts = parts_of(loaded)
     try:
-        return whole_model(model.family, modules, settings, dtype=model.precision, seed=loaded.plan.seed)
+        return whole_model(model.family, parts, settings, dtype=model.precision, seed=loaded.plan.seed)
     except PlanError as error:  # told as of assemble's command line
         raise PlanError(error.message, where=where, hint=error.hint) from None
+
+
+def parts_of(loaded: LoadedPlan) -> dict[str, Path]:
+    """Where the parts of a plan's model lie, by module; a projector that is to be drawn is not among them."""
+    from onward.model.parts import NEW
+
+    model = loaded.plan.model
+    given = {} if isinstance(model, str) else {module: getattr(model, module) for module in WHOLES}
+    return {
+        module: _found(loaded, name, loaded.where("model", module))
+        for module, name in given.items()
+        if (module, name) != NEW
+    }
 
 
 def _found(loaded: LoadedPlan, name: str, where: str) -> Path:
