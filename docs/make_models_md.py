@@ -35,7 +35,7 @@ HEAD = """# Models
 Made by `docs/make_models_md.py` from the program's own values and from the record of a test run.
 
 A model is a directory, a hub id (`Qwen/Qwen2.5-VL-3B-Instruct`), `modelscope:ID`, or put together from parts. It is one of transformers' own classes;
-code that comes with a model is never run. Directories of Qwen(-7B), InternLM2, InternVL chat and the first Qwen-VL are converted first: `onward import`.
+code that comes with a model is never run. Directories of Qwen(-7B), InternLM2, InternVL chat and the first Qwen-VL are converted first: [`onward import`](importing.md).
 
 ## What has been tried
 
