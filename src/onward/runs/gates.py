@@ -125,11 +125,12 @@ def _stopped(session: Session, stage: Stage, found: Measurements, reason: str) -
     assert stage.gate is not None
     run = session.directory
     command = ["onward", "run", str(plan_file(run, session.events())), "--run", str(run.path)]
-    more = "--epochs +1" if stage.epochs else f"--steps +{session.inputs[stage.name].horizon.ends[0]}"
+    asked = stage.gate.otherwise.extend or ("1 epoch" if stage.epochs else f"{stage.steps} steps")
+    unit, count = parse_length(asked)
     lower = [*command[:3], f"stages.{stage.name}.gate.require=…", *command[3:]]
     hint = (
         "its output and its checkpoints are kept, no later stage has begun. Train it further, then run again:\n"
-        f"    onward extend {shlex.quote(str(run.path))} --stage {stage.name} {more} --schedule rewarm\n"
+        f"    onward extend {shlex.quote(str(run.path))} --stage {stage.name} --{unit} +{count} --schedule rewarm\n"
         f"  or change its gate: {' '.join(map(str, lower))}"
     )
     numbers = "".join(f"\n    {line}" for line in found.lines())
