@@ -187,3 +187,22 @@ def logits(model, image_id: int, count: int, seed: int = 0, size: int = 56) -> t
     pixels = torch.randn(1, 3, size, size, generator=generator)
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits[0]
+
+
+def release(root: Path, *, depth: int = 2, pickled: bool = False) -> Path:
+    """A release as XTuner's converter writes it, with its bases beside."""
+    generator = torch.Generator().manual_seed(3)
+    text, _ = language_model(root / "llm", generator=generator)
+    vision, _ = vision_tower(root / "clip", generator=generator)
+    of_text = lora_of(text, ["model.layers.1.mlp.up_proj"], [3], generator)
+    of_vision = lora_of(vision, ["encoder.layers.0.mlp.fc1"], [2], generator)
+    named = {f"vision_model.{name}": pair for name, pair in of_vision.items()}
+    out = root / "release"
+    write_adapter(out / "llm_adapter", of_text, 6, pickled=pickled, base=str(root / "llm"))
+    write_adapter(out / "visual_encoder_adapter", named, 4, pickled=pickled, base=str(root / "clip"))
+    projector = {f"model.{n}": t for n, t in projector_tensors(generator, depth).items()}
+    file = "pytorch_model.bin" if pickled else "model.safetensors"
+    write(out / "projector" / file, projector, pickled=pickled)
+    config = {"model_type": "projector", "depth": depth, "hidden_act": "gelu", "auto_map": {"AutoModel": "x.Y"}}
+    (out / "projector" / "config.json").write_text(json.dumps(config))
+    return out

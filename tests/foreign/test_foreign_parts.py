@@ -16,25 +16,6 @@ from onward.cli.main import main
 from onward.runs.inspect import inspect
 
 
-def release(root: Path, *, depth: int = 2, pickled: bool = False) -> Path:
-    """A release as XTuner's converter writes it, with its bases beside."""
-    generator = torch.Generator().manual_seed(3)
-    text, _ = made.language_model(root / "llm", generator=generator)
-    vision, _ = made.vision_tower(root / "clip", generator=generator)
-    of_text = made.lora_of(text, ["model.layers.1.mlp.up_proj"], [3], generator)
-    of_vision = made.lora_of(vision, ["encoder.layers.0.mlp.fc1"], [2], generator)
-    named = {f"vision_model.{name}": pair for name, pair in of_vision.items()}
-    out = root / "release"
-    made.write_adapter(out / "llm_adapter", of_text, 6, pickled=pickled, base=str(root / "llm"))
-    made.write_adapter(out / "visual_encoder_adapter", named, 4, pickled=pickled, base=str(root / "clip"))
-    projector = {f"model.{n}": t for n, t in made.projector_tensors(generator, depth).items()}
-    file = "pytorch_model.bin" if pickled else "model.safetensors"
-    made.write(out / "projector" / file, projector, pickled=pickled)
-    config = {"model_type": "projector", "depth": depth, "hidden_act": "gelu", "auto_map": {"AutoModel": "x.Y"}}
-    (out / "projector" / "config.json").write_text(json.dumps(config))
-    return out
-
-
 def run_what_is_printed(command: str, out: Path) -> int:
     words = shlex.split(command.replace("--out DIR", f"--out {out}"))
     assert words[0] == "onward"
@@ -43,7 +24,7 @@ def run_what_is_printed(command: str, out: Path) -> int:
 
 @pytest.mark.parametrize("pickled", [False, True])
 def test_a_release_is_assembled_by_the_printed_command(tmp_path, pickled):
-    found = inspect(release(tmp_path, pickled=pickled))
+    found = inspect(made.release(tmp_path, pickled=pickled))
     assert (found.kind, found.tool) == ("LLaVA in parts", "XTuner")
     assert found.facts["language_model's base"] == str(tmp_path / "llm")
     assert "rank 3" in str(found.facts["llm_adapter"])
@@ -55,17 +36,17 @@ def test_a_release_is_assembled_by_the_printed_command(tmp_path, pickled):
 
 
 def test_a_projector_alone_and_one_that_transformers_cannot_hold(tmp_path):
-    out = release(tmp_path)
+    out = made.release(tmp_path)
     found = inspect(out / "projector")
     assert (found.kind, found.tool) == ("projector", "XTuner")
     assert "LLM" in str(found.next_command)
-    deep = inspect(release(tmp_path / "deep", depth=3))
+    deep = inspect(made.release(tmp_path / "deep", depth=3))
     assert deep.next_command is None
     assert any("depth 3" in problem for problem in deep.problems)
 
 
 def test_a_release_that_lost_a_part_of_its_weights(tmp_path):
-    out = release(tmp_path)
+    out = made.release(tmp_path)
     (out / "llm_adapter" / "adapter_model.safetensors").unlink()
     found = inspect(out)
     assert any("llm_adapter" in problem for problem in found.problems)
@@ -73,7 +54,7 @@ def test_a_release_that_lost_a_part_of_its_weights(tmp_path):
 
 
 def test_weights_alone_are_taken_by_the_printed_command(tmp_path):
-    out = release(tmp_path)
+    out = made.release(tmp_path)
     generator = torch.Generator().manual_seed(3)
     state = {f"projector.model.{n}": t for n, t in made.projector_tensors(generator).items()}
     for value in (state, {"state_dict": state, "meta": {"cfg": "model = dict(type='xtuner.model.LLaVAModel')"}}):
@@ -87,7 +68,7 @@ def test_weights_alone_are_taken_by_the_printed_command(tmp_path):
 
 
 def test_parts_that_onward_exported(tmp_path):
-    release(tmp_path)
+    made.release(tmp_path)
     assert main(["export", str(tmp_path / "llm"), "--to", "parts", "--out", str(tmp_path / "parts")]) == 0
     found = inspect(tmp_path / "parts")
     assert found.kind == "model in parts"
