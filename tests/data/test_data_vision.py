@@ -241,3 +241,28 @@ def test_an_image_is_never_cut(models, encoders, rows, origin) -> None:
                     method(rows["one"], Origin("a", "a", origin.folder))
             else:
                 method(rows["one"], Origin("a", "a", origin.folder))
+
+
+@pytest.mark.parametrize("suffix", ["", "Fast"])
+@pytest.mark.parametrize("kind", tiny_vision.KINDS)
+def test_image_processors_go_by_the_names_that_the_hub_has(
+    models, encoders, rows, tmp_path, origin, kind, suffix
+) -> None:
+    import shutil
+
+    copy = shutil.copytree(models / kind, tmp_path / "copy")
+    config = json.loads((copy / "preprocessor_config.json").read_text())
+    config["image_processor_type"] = config["image_processor_type"].removesuffix("Pil") + suffix
+    if kind.startswith("qwen"):  # as the hub's files of Qwen2-VL and Qwen2.5-VL say it
+        size = config.pop("size")
+        config |= {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+    (copy / "preprocessor_config.json").write_text(json.dumps(config))
+    ours, theirs = (
+        load_encoder(copy, **OPTIONS).encode(rows["three"], origin),
+        encoders[kind].encode(rows["three"], origin),
+    )
+    assert np.array_equal(ours.input_ids, theirs.input_ids)
+    assert all(np.array_equal(ours.images[name], theirs.images[name]) for name in theirs.images)
+    if kind.startswith("qwen"):
+        limited = load_encoder(copy, **OPTIONS, images=ImageLimits(max_pixels=28 * 56)).encode(rows["three"], origin)
+        assert len(limited.input_ids) < len(ours.input_ids)
