@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo demo-text test test-all bench bench-checkpoint bench-merge bench-failures bench-continuing bench-loss lint clean
+.PHONY: setup demo demo-text test test-all bench bench-checkpoint bench-merge bench-failures bench-continuing bench-loss bench-throughput bench-preparation lint clean
 
 setup: $(STAMP)  ## .venv with onward and everything to work on it
 
@@ -36,6 +36,12 @@ bench-checkpoint: setup  ## saving and loading beside torch.save, DCP and the di
 
 bench-merge: setup  ## merging a LoRA of rank 64 into 1.5 billion parameters, beside PEFT and a plain copy; 13 GB of disk
 	$(BIN)/python bench/merge.py
+
+bench-throughput: setup  ## packing, length-sorting and neither, beside Trainer and TRL's SFTTrainer, on real lengths
+	$(BIN)/python bench/throughput.py
+
+bench-preparation: setup  ## rows a second and memory while a million rows are looked at for the first time
+	$(BIN)/python bench/preparation.py
 
 bench-failures: setup  ## runs broken on purpose, Trainer's and onward's; writes docs/failures.md
 	$(BIN)/python bench/failures.py

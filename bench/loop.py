@@ -38,9 +38,10 @@ class Reading:
     loss: float
 
 
-def measure(name: str, folder: Path, loss_on: str, threads: int) -> Reading:
-    """Run a contender. CalledProcessError when it fails."""
-    command = [sys.executable, str(material.BENCH / "contenders.py"), name, str(folder), loss_on, str(threads)]
+def measure(name: str, folder: Path, loss_on: str, threads: int, *overrides: str) -> Reading:
+    """Run a contender; `overrides` are onward's. CalledProcessError when it fails."""
+    script = str(material.BENCH / "contenders.py")
+    command = [sys.executable, script, name, str(folder), loss_on, str(threads), *overrides]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
@@ -94,17 +95,17 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--steps", type=int, default=40, help=f"optimizer steps, the first {WARM_UP} not timed")
     arguments.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    chosen = arguments.parse_args()
+    chosen, setting = arguments.parse_args(), material.Setting()
     libraries = ", ".join(f"{name} {version(name)}" for name in ("onward", "torch", "transformers"))
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, threads: {chosen.threads}, Python {platform.python_version()}, "
         f"{libraries}\n"
-        f"batch_size {material.BATCH_SIZE} in micro-batches of {material.MICRO_BATCH_SIZE}, fp32, full training; "
+        f"batch_size {setting.batch_size} in micro-batches of {setting.micro_batch_size}, fp32, full training; "
         f"{chosen.rounds} rounds, {chosen.steps - WARM_UP} steps timed after {WARM_UP}: median (least–most)\n"
     )
     with tempfile.TemporaryDirectory() as out:
         folder = Path(out)
-        material.build(folder, steps=chosen.steps, threads=chosen.threads)
+        material.build(folder, steps=chosen.steps, threads=chosen.threads, setting=setting)
         for loss_on in material.LOSS_ON:
             rounds = [
                 {name: measure(name, folder, loss_on, chosen.threads) for name in CONTENDERS}

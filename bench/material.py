@@ -1,6 +1,7 @@
-"""What every contender trains: a Llama of 5 million parameters with its tokenizer, real text, and onward's plan.
+"""What every contender trains: a small Llama with its tokenizer, real text, and onward's plan.
 
-model/            Llama, hidden 256 x 4 layers, vocabulary 4096, random weights; ChatML template
+model/            Llama, random weights, ChatML template; its shape and its vocabulary as the setting says
+setting.json      the setting
 train.jsonl       functions of Python's standard library → the first line of their docstrings
 plan.yaml         what onward is given
 steps.json        [step][sample] → [token ids, labels], in the order in which onward takes them
@@ -10,14 +11,20 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 BENCH = Path(__file__).parent
 LOSS_ON = ("assistant", "all")
-BATCH_SIZE, MICRO_BATCH_SIZE = 16, 8
-MAX_LENGTH = 256
+SHAPES = {
+    "5M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "135M": {  # SmolLM2-135M's
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+        "num_key_value_heads": 3, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
 LEARNING_RATE, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-3, 0.01, 1.0
 SEED = 42
 STAGE = "sft"
@@ -27,16 +34,33 @@ CHATML = (
 )
 
 
-def build(folder: Path, *, steps: int, threads: int) -> None:
+@dataclass(frozen=True)
+class Setting:
+    """What is the same for all contenders. `shape` is one of SHAPES, `max_length` and `vocabulary` in tokens."""
+
+    batch_size: int = 16
+    micro_batch_size: int = 8
+    max_length: int = 256
+    vocabulary: int = 4096
+    shape: str = "5M"
+
+
+def setting_of(folder: Path) -> Setting:
+    """The setting of material that was built."""
+    return Setting(**json.loads((folder / "setting.json").read_text()))
+
+
+def build(folder: Path, *, steps: int, threads: int, setting: Setting) -> None:
     """Write the material for `steps` optimizer steps into `folder`, one plan and one order for each way of loss_on."""
-    rows = _rows(steps * BATCH_SIZE)
+    rows = _rows(steps * setting.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "setting.json").write_text(json.dumps(asdict(setting)))
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    _write_model(folder / "model", [message["content"] for row in rows for message in row["messages"]])
+    _write_model(folder / "model", [message["content"] for row in rows for message in row["messages"]], setting)
     for loss_on in LOSS_ON:
         (folder / loss_on).mkdir(exist_ok=True)
-        (folder / loss_on / "plan.yaml").write_text(json.dumps(_plan(loss_on, steps, threads), indent=2))
-        (folder / loss_on / "steps.json").write_text(json.dumps(_steps(folder, loss_on, steps)))
+        (folder / loss_on / "plan.yaml").write_text(json.dumps(_plan(loss_on, steps, threads, setting), indent=2))
+        (folder / loss_on / "steps.json").write_text(json.dumps(_steps(folder, loss_on, steps, setting)))
 
 
 def _rows(count: int) -> list[dict[str, Any]]:
@@ -53,7 +77,7 @@ def _rows(count: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _write_model(out: Path, texts: list[str]) -> None:
+def _write_model(out: Path, texts: list[str], setting: Setting) -> None:
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -64,31 +88,31 @@ def _write_model(out: Path, texts: list[str]) -> None:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=4096, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=setting.vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHATML
     )
     config = LlamaConfig(
-        vocab_size=4096, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4,
-        max_position_embeddings=512, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **SHAPES[setting.shape], vocab_size=setting.vocabulary, max_position_embeddings=2 * setting.max_length,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     torch.manual_seed(SEED)
     LlamaForCausalLM(config).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
-def _plan(loss_on: str, steps: int, threads: int) -> dict[str, Any]:
+def _plan(loss_on: str, steps: int, threads: int, setting: Setting) -> dict[str, Any]:
     stage = {
         "name": STAGE,
         "train": {"language_model": {"mode": "full"}},
         "data": {"path": "../train.jsonl"},
         "steps": steps,
-        "batch_size": BATCH_SIZE,
-        "micro_batch_size": MICRO_BATCH_SIZE,
-        "max_length": MAX_LENGTH,
+        "batch_size": setting.batch_size,
+        "micro_batch_size": setting.micro_batch_size,
+        "sort_by_length": False,  # the same micro-batches for all; bench/throughput.py compares with it
+        "max_length": setting.max_length,
         "overlong": "truncate",
         "loss_on": loss_on,
         "learning_rate": LEARNING_RATE,
@@ -105,18 +129,18 @@ def _plan(loss_on: str, steps: int, threads: int) -> dict[str, Any]:
     }
 
 
-def _steps(folder: Path, loss_on: str, steps: int) -> list[list[tuple[list[int], list[int]]]]:
+def _steps(folder: Path, loss_on: str, steps: int, setting: Setting) -> list[list[tuple[list[int], list[int]]]]:
     """The samples of each step, as onward orders and encodes them."""
     from onward.data.batches import step_batches
     from onward.data.encode import load_encoder
     from onward.data.prepare import ResolvedSource, prepare
 
     encoder = load_encoder(
-        folder / "model", max_length=MAX_LENGTH, overlong="truncate", loss_on=loss_on, date="2026-01-01"
+        folder / "model", max_length=setting.max_length, overlong="truncate", loss_on=loss_on, date="2026-01-01"
     )
     data = prepare([ResolvedSource(folder / "train.jsonl")], encoder, on_bad_sample="stop")
     batches = step_batches(
-        data, encoder, batch_size=BATCH_SIZE, micro_batch_size=1, seed=SEED, stage=STAGE,
+        data, encoder, batch_size=setting.batch_size, micro_batch_size=1, seed=SEED, stage=STAGE,
         first_step=1, last_step=steps, workers=0,
     )  # fmt: skip
     return [[(m["input_ids"][0].tolist(), m["labels"][0].tolist()) for m in b.micro_batches] for b in batches]

@@ -284,22 +284,24 @@ def _measured(
     """Tokens and targets of each row (0 for a bad one), and the bad ones: row, reason, whether it is only too long."""
 
     def measure() -> bytes:
-        chunks, whole = _Chunks(file, encoder), _Measures([], [], [])
+        chunks, done = _Chunks(file, encoder), 0
+        tokens, targets = np.zeros(len(file), np.int32), np.zeros(len(file), np.int32)
+        bad_rows: list[tuple[int, str, bool]] = []
         workers = min(torch.get_num_threads(), MOST_WORKERS) if len(file) >= SHARED else 0
         last_report = time.monotonic()
         for part in made_by(workers if workers > 1 else 0, chunks, "run the same command again, with more memory free"):
-            whole.tokens.extend(part.tokens)
-            whole.targets.extend(part.targets)
-            whole.bad.extend(part.bad)
+            place = slice(done, done := done + len(part.tokens))
+            tokens[place], targets[place] = part.tokens, part.targets
+            bad_rows.extend(part.bad)
             if time.monotonic() - last_report > REPORT_EVERY:
                 last_report = time.monotonic()
-                progress(f"{file.label}: {len(whole.tokens):,} of {len(file):,} rows measured")
+                progress(f"{file.label}: {done:,} of {len(file):,} rows measured")
         packed = io.BytesIO()
         np.savez(
             packed,
-            tokens=np.array(whole.tokens, np.int32),
-            targets=np.array(whole.targets, np.int32),
-            bad=np.frombuffer(canonical_json(whole.bad), np.uint8),
+            tokens=tokens,
+            targets=targets,
+            bad=np.frombuffer(canonical_json(bad_rows), np.uint8),
         )
         return packed.getvalue()
 
@@ -315,5 +317,5 @@ def _measured(
         digest_bytes(canonical_json(media)),
     ]
     with np.load(io.BytesIO(remembered("measures", key, measure)), allow_pickle=False) as arrays:
-        bad_rows = [(row, reason, overlong) for row, reason, overlong in json.loads(arrays["bad"].tobytes())]
-        return arrays["tokens"], arrays["targets"], bad_rows
+        found = [(row, reason, overlong) for row, reason, overlong in json.loads(arrays["bad"].tobytes())]
+        return arrays["tokens"], arrays["targets"], found

@@ -1,0 +1,113 @@
+"""Tokens a second with packing, with length-sorting, with neither, beside Trainer and TRL: `make bench-throughput`.
+
+    python bench/throughput.py [--rounds 3] [--steps 25] [--threads 2] [--shape 135M] [--batch-size 32]
+
+Real lengths: functions of the standard library and the first lines of their docstrings, none cut that has at most
+--max-length tokens. Each contender trains the same model on the same samples in each step, in a process of its own, in
+turns; they must reach the same loss. Trainer and SFTTrainer pad each micro-batch of 8 to its longest sample, which is
+what they do by default; their samples come tokenized. Tokens are counted without padding. The first steps warm up.
+Where others use the machine too, CPU seconds say more than seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import material
+from loop import WARM_UP, Reading, measure, spread
+
+from onward.data.layout import micro_batches
+from onward.data.samples import Encoded
+
+LAYOUTS = {
+    "onward, packing": ("packed", ("stages.sft.packing=true",)),
+    "onward, length-sorting (default)": ("sorted", ("stages.sft.sort_by_length=true",)),
+    "onward, neither": ("plain", ()),
+}
+PEERS = {"Trainer": "trainer", "TRL SFTTrainer": "trl"}
+SAME_LOSS = 5e-3
+"""Sums in another order, over some dozens of steps."""
+
+
+def fill(folder: Path, loss_on: str, layout: str, size: int) -> float:
+    """The share of tokens among all places of a layout's micro-batches."""
+    import numpy as np
+
+    tokens = places = 0
+    for samples in json.loads((folder / loss_on / "steps.json").read_text()):
+        encoded = [Encoded("", np.array(ids), np.ones(len(ids), bool), {}) for ids, _ in samples]
+        for rows in micro_batches(encoded, layout, size):  # type: ignore[arg-type]
+            lengths = [sum(len(sample.input_ids) for sample in row) for row in rows]
+            tokens += sum(lengths)
+            places += len(rows) * max(lengths)
+    return tokens / places
+
+
+def turns(folder: Path, loss_on: str, threads: int) -> dict[str, Reading]:
+    """One round: every contender once. SystemExit when they did not reach the same loss."""
+    readings = {
+        name: measure("onward", folder, loss_on, threads, *overrides) for name, (_, overrides) in LAYOUTS.items()
+    }
+    readings |= {name: measure(contender, folder, loss_on, threads) for name, contender in PEERS.items()}
+    losses = {name: reading.loss for name, reading in readings.items()}
+    if max(losses.values()) - min(losses.values()) > SAME_LOSS:
+        raise SystemExit(f"they did not do the same work: {losses}")
+    return readings
+
+
+def table(folder: Path, loss_on: str, rounds: Sequence[dict[str, Reading]], size: int) -> str:
+    """The readings as a Markdown table."""
+    lines = [
+        f"loss_on: {loss_on}",
+        "",
+        "| | filled | tokens/s | of Trainer | of Trainer, by CPU time | loss after |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in rounds[0]:
+        layout = LAYOUTS[name][0] if name in LAYOUTS else "plain"
+        own, its = [readings[name] for readings in rounds], [readings["Trainer"] for readings in rounds]
+        cells = [
+            f"{fill(folder, loss_on, layout, size):.0%}",
+            spread([mine.per_second for mine in own], 0),
+            spread([mine.per_second / other.per_second for mine, other in zip(own, its, strict=True)], 2),
+            spread([mine.per_cpu_second / other.per_cpu_second for mine, other in zip(own, its, strict=True)], 2),
+            f"{own[0].loss:.5f}",
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--steps", type=int, default=25, help=f"optimizer steps, the first {WARM_UP} not timed")
+    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--shape", choices=list(material.SHAPES), default="135M")
+    arguments.add_argument("--vocabulary", type=int, default=16384)
+    arguments.add_argument("--batch-size", type=int, default=32)
+    arguments.add_argument("--max-length", type=int, default=1024)
+    chosen = arguments.parse_args()
+    setting = material.Setting(
+        chosen.batch_size, 8, max_length=chosen.max_length, vocabulary=chosen.vocabulary, shape=chosen.shape
+    )
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("onward", "torch", "transformers", "trl"))
+    print(
+        f"{platform.machine()}, threads: {chosen.threads}, Python {platform.python_version()}, {libraries}\n{setting}\n"
+    )
+    with tempfile.TemporaryDirectory() as out:
+        folder = Path(out)
+        material.build(folder, steps=chosen.steps, threads=chosen.threads, setting=setting)
+        for loss_on in material.LOSS_ON:
+            rounds = [turns(folder, loss_on, chosen.threads) for _ in range(chosen.rounds)]
+            print(table(folder, loss_on, rounds, setting.micro_batch_size), flush=True)
+            print()
+
+
+if __name__ == "__main__":
+    main()
