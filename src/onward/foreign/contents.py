@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from onward.foreign.description import count_dtypes
 from onward.foreign.stored import Lazy
 
 LORA = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.default)?(?:\.weight)?$")
+FUSED = re.compile(r"\.(c_attn|wqkv|qkv)\.lora_")
 PARTS = (  # the first that fits a name
     ("projector", r"(^|\.)(projector|mm_projector|multi_modal_projector|mlp1|merger|attn_pool)\."),
     ("vision_tower", r"(^|\.)(visual_encoder|vision_tower|vision_model|visual)\."),
@@ -37,6 +38,17 @@ def holds(tensors: Mapping[str, Lazy]) -> list[str]:
         words += [f"{full} tensor{'s' if full > 1 else ''} in full"] if full else []
         told.append(f"{part}: {' and '.join(words)}")
     return told
+
+
+def fused(names: Iterable[str]) -> str | None:
+    """Why a training of adapters on fused layers cannot go on exactly, if there are any: onward's models split them."""
+    layers = sorted({match[1] for name in names if (match := FUSED.search(name))})
+    if not layers:
+        return None
+    return (
+        f"a model that keeps {', '.join(layers)} whole: q, k and v share one adapter's A there, and have one each in "
+        "what onward makes of the base; that is exact for what the model says, not for how it trains on"
+    )
 
 
 def weights_facts(tensors: Mapping[str, Lazy]) -> dict[str, Any]:

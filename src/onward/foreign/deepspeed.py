@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from onward.errors import DamageError, OnwardError
-from onward.foreign.contents import as_step, weights_facts
+from onward.foreign.contents import as_step, fused, weights_facts
 from onward.foreign.description import Description
+from onward.foreign.parts import weights_command
 from onward.foreign.pickle_machine import Global, Stub
 from onward.foreign.pickles import LazyTensor, open_pickle
 
@@ -143,11 +144,16 @@ def recognise(path: Path) -> Description | None:
         facts["optimizer"] = f"fp32 masters and moments of {size:,} parameters"
     facts["schedule"] = "yes" if files.model.get("lr_scheduler") or files.model.get("param_schedulers") else "no"
     missing = [] if files.optimizers else ["the optimizer's state"]
+    if split := fused(tensors):
+        missing.append(split)
     cause = None
     if any("incomplete" in problem for problem in files.problems):
         cause = "each rank writes files of its own: those of other machines were not copied"
-    elif missing:
+    elif not files.optimizers:
         cause = "exclude the optimizer when saving, or only the model's file was copied here"
+    next_command = f"onward import {path} --plan PLAN --run RUN"
+    if missing:
+        next_command = f"{weights_command(path, tensors) or next_command} (starts a new stage from weights)"
     return Description(
         str(path),
         "training checkpoint, sharded",
@@ -157,7 +163,7 @@ def recognise(path: Path) -> Description | None:
         missing=tuple(missing),
         likely_cause=cause,
         problems=files.problems,
-        next_command=None if files.problems else f"onward import {path} --plan PLAN --run RUN",
+        next_command=None if files.problems else next_command,
     )
 
 

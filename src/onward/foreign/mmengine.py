@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onward.errors import InputError
-from onward.foreign.contents import as_step, part_of, weights_facts
+from onward.foreign.contents import as_step, fused, part_of, weights_facts
 from onward.foreign.description import Description
 from onward.foreign.parts import weights_command
 from onward.foreign.pickles import LazyTensor, is_pickle, open_pickle
@@ -60,6 +60,8 @@ def describe(path: Path, value: Mapping[str, Any]) -> Description | None:
     if not value.get("param_schedulers") and not missing:
         missing.append("the schedule (param_schedulers)")
         cause = "save_param_scheduler=False in the checkpoint hook"
+    if split := fused(tensors):
+        missing.append(split)
     is_pretraining = bool(tensors) and {part_of(name) for name in tensors} == {"projector"}
     if is_pretraining:
         facts["what it is for"] = "a projector alone: the first stage of a LLaVA, which a second stage starts from"

@@ -9,7 +9,7 @@ from typing import Any
 
 from onward.checkpoint.save import Adapter
 from onward.errors import InputError, Refused
-from onward.foreign.contents import is_adapter, part_of
+from onward.foreign.contents import fused, is_adapter, part_of
 from onward.foreign.names import onward_name
 from onward.foreign.stored import Lazy
 from onward.foreign.training import ForeignTraining
@@ -62,6 +62,10 @@ def match(
     """
     if optimizer != "adamw":
         raise _otherwise(f"the source trained with AdamW, the plan's optimizer is {optimizer}", 1, where)
+    if split := fused(training.weights):
+        raise Refused(
+            f"cannot go on exactly without {split}", where=where, hint=f"onward inspect {where} says what can"
+        )
     names = named(training, model, where)
     shapes = {name: entry.shape for name, entry in model.parameters().items()}
     trained = [name for group in selection.groups for name in group.parameters]
