@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from samples import SAMPLES, needs_samples
 
 import onward
 from onward.checkpoint.tensorfile import read_tensors
@@ -190,3 +191,45 @@ def test_weights_alone_start_a_stage_from_weights(place, tmp_path):
     assert report.weights_only and "*from weights*" in "\n".join(report.lines())
     result = onward.run(place / "plan.yaml", directory=tmp_path / "run")
     assert result.steps_trained == STEPS
+
+
+@pytest.mark.whole
+@needs_samples
+def test_the_first_stage_of_a_llava_goes_on(tmp_path):
+    """XTuner's own file of a projector's training, over its bases as onward converts and assembles them."""
+    import tiny
+
+    from onward.cli.main import main
+
+    source = SAMPLES / "xtuner-llava-pth/pretrain_iter_4.pth"
+    llm, model, run = (tmp_path / name for name in ("llm", "model", "run"))
+    assert main(["import", str(SAMPLES / "bases/xtuner-internlm2"), "--out", str(llm)]) == 0
+    words = ["assemble", f"language_model={llm}", f"vision_tower={SAMPLES / 'bases/xtuner-clip'}"]
+    words += [f"projector={source}", "--set", "vision_feature_layer=-2", "--out", str(model)]
+    assert main(words) == 0
+    tiny.colour_data(tmp_path / "data.jsonl", rows=24)
+    (tmp_path / "plan.yaml").write_text(FIRST)
+    bring = ["import", str(source), "--plan", str(tmp_path / "plan.yaml"), "--run", str(run)]
+    assert main(bring) == 3
+    assert main([*bring, "--accept", "data_order"]) == 0
+    checkpoint = onward.load(run / "stages/1-align/checkpoints/step-000004")
+    value = torch.load(SAMPLES / "xtuner-llava-pth/pretrained_plain.pth", weights_only=True)
+    for number, layer in ((0, "linear_1"), (2, "linear_2")):
+        theirs = value[f"projector.model.{number}.weight"]
+        assert torch.equal(checkpoint.weights()[f"model.multi_modal_projector.{layer}.weight"], theirs)
+    assert main(["run", str(tmp_path / "plan.yaml"), "--run", str(run)]) == 0
+
+
+FIRST = """
+model: model
+engine: {threads: 1}
+stages:
+  - name: align
+    train: {projector: {mode: full, learning_rate: 1e-2}}
+    data: data.jsonl
+    steps: 8
+    batch_size: 2
+    max_length: 512
+    schedule: {name: cosine, warmup_steps: 2}
+    optimizer: {name: adamw, weight_decay: 0}
+"""

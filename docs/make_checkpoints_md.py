@@ -1,0 +1,98 @@
+"""Write docs/checkpoints.md: what onward can do with other tools' checkpoints, by what `inspect` says of real ones.
+
+.venv/bin/python docs/make_checkpoints_md.py
+
+The checkpoints are those of ../shared/samples, beside the repository.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from onward.runs.inspect import inspect
+
+SAMPLES = Path(__file__).parents[1].parent / "shared" / "samples"
+ROWS = [  # tool, format, sample
+    ("Hugging Face Trainer + PEFT", "`checkpoint-N/`, `.bin`", "qwen-7b-lora-ckpt/checkpoint-6"),
+    ("Trainer + PEFT over an NF4 base", "`checkpoint-N/`, `.bin`", "qwen-vl-qlora-ckpt/checkpoint-6"),
+    ("XTuner, first stage of a LLaVA", "`iter_N.pth`", "xtuner-llava-pth/pretrain_iter_4.pth"),
+    ("XTuner, second stage", "`iter_N.pth`", "xtuner-llava-pth/iter_6.pth"),
+    ("XTuner, weights alone", "a state dict, `.pth`", "xtuner-llava-pth/plain_state_dict.pth"),
+    ("XTuner, a projector alone", "a state dict, `.pth`", "xtuner-llava-pth/pretrained_plain.pth"),
+    ("XTuner, InternVL", "`iter_N.pth`", "xtuner-internvl-pth/iter_5.pth"),
+    ("XTuner + DeepSpeed ZeRO 2", "`iter_N.pth/`, 1 rank", "xtuner-llava-iter-dir/iter_5.pth"),
+    ("XTuner + DeepSpeed ZeRO 1", "`iter_N.pth/`, 1 rank", "xtuner-llava-iter-dir-zero1/iter_5.pth"),
+    ("XTuner + DeepSpeed ZeRO 2", "`iter_N.pth/`, 2 ranks", "xtuner-llava-iter-dir-zero2-2ranks/iter_5.pth"),
+    ("XTuner, its release", "parts, safetensors", "xtuner-llava-internlm2-parts/release"),
+    ("XTuner, its release", "parts, `.bin`", "xtuner-llava-internlm2-parts-bin/release"),
+    ("Qwen's own code", "model, safetensors", "qwen-7b-tiny"),
+    ("Qwen-VL's own code", "model, `.bin`", "qwen-vl-tiny"),
+    ("AutoGPTQ", "model in 4 bits", "qwen-vl-int4-tiny"),
+    ("InternLM2's own code", "model, `.bin`", "internlm2-tiny"),
+    ("InternVL's own code", "model, safetensors", "internvl2-tiny"),
+]
+HEAD = """# Other tools' checkpoints
+
+`onward inspect PATH` says what something is, which tool wrote it, what it holds, whether training can go on from it exactly, what is missing for that and
+why, and which command comes next. It reads headers alone and runs nothing: pickles are read by a small machine that imports and calls nothing
+(`src/onward/foreign/pickle_machine.py`), safetensors headers are not believed until their offsets fit the file, and nothing leads out of the directory.
+
+## Going on with a training
+
+```
+onward inspect out/checkpoint-500
+onward import out/checkpoint-500 --plan plan.yaml --run runs/plan --accept data_order
+onward run plan.yaml --run runs/plan
+```
+
+The plan describes the whole training, the part that lies behind included: same model, same trained modules, same `steps` or `epochs`, same schedule. `import` makes a
+run whose first stage has a checkpoint at the source's step; from there it is a run like any other.
+
+| what | goes on |
+|---|---|
+| weights that train | bit for bit; from a ZeRO directory the fp32 masters, not the rounded copies |
+| optimizer (AdamW) | both moments and the step count, by parameter name. Tools that number parameters (Trainer, mmengine) are read in the order of the model, and every shape must fit; otherwise it is refused |
+| schedule | the learning rates of the next steps are printed beside the source's; where they differ, `--accept schedule` |
+| frozen weights | not taken over: those of the plan's model must be the same, bit for bit, where the source holds them |
+| learning rate, weight decay, betas, eps, clipping, batch size | compared with what the source states; each difference is named and wants its `--accept` |
+| loss of a step | onward's is the mean over the step's target tokens. Trainer before 4.46, XTuner and DeepSpeed average micro-batches or ranks: where that differs, `--accept loss` |
+| place in the data | the step's place in onward's own order of the plan's data: `--accept data_order`, always, since no tool's order is onward's |
+| random state | no: dropout draws from the seed, stage and step |
+
+Held by tests, fp32, dropout 0, the same batches: ten steps further the weights are those of the tool itself within 1e-6. Trainer 5 (full, part of a model, LoRA with
+`modules_to_save`; safetensors, `.bin`, shards), DeepSpeed ZeRO 1, 2 and 3 of one and two ranks, DeepSpeed inside Trainer, and files as XTuner lays them out, whose other side is torch's AdamW.
+
+A source without an optimizer's state starts a new stage *from weights*: its adapters and whole tensors are folded into the plan's model, and the stage begins at step 0.
+
+Refused, with the reason: adapters on fused layers (`wqkv`, `c_attn`), which go on as weights only; another optimizer than AdamW; tensor-parallel DeepSpeed; a shard set that is
+not whole; a projector of another depth than 2; FSDP's and DCP's sharded optimizer states (DCP is told, with torch's own command that makes one file of it).
+
+## What `inspect` says of real ones
+
+This table is made by `docs/make_checkpoints_md.py` from small checkpoints that the tools themselves wrote; a test compares it.
+
+| tool | format | it is | optimizer | goes on exactly | next |
+|---|---|---|---|---|---|
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    return HEAD + "\n".join(_row(*row) for row in ROWS) + "\n"
+
+
+def _row(tool: str, form: str, sample: str) -> str:
+    path = SAMPLES / sample
+    found = inspect(path)
+    command = (found.next_command or "none").replace(str(path), path.name)
+    holds = "yes" if "optimizer" in found.facts else "no"
+    exactly = "yes" if found.continues_exactly else "no"
+    if not found.continues_exactly and "share one adapter" in " ".join(found.missing):
+        exactly = "no: adapters on fused layers"
+    note = command.partition(" (")
+    shown = f"`{note[0]}`" + (f" ({note[2]}" if note[1] else "")
+    return f"| {tool} | {form} | {found.kind} | {holds} | {exactly} | {shown} |"
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("checkpoints.md").write_text(page(), encoding="utf-8")
