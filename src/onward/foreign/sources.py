@@ -33,6 +33,7 @@ class Source:
     adapter: Adapter | None = None
     settings: xtuner.Settings | None = None
     trained: bool = False
+    is_xtuner: bool = False
 
     def pieces(self, module: str) -> Pieces:
         """The tensors of one module, all of them where the path holds one alone."""
@@ -64,7 +65,7 @@ def _open_directory(path: Path) -> Source:
         pieces = model_pieces(path)
         if llava.is_llava(pieces):
             return Source(path, config, _by_module(pieces, llava.own_name))
-        return Source(path, config, {"": pieces})
+        return Source(path, config, {"": pieces}, is_xtuner=config.get("model_type") == "projector")
     if shards := deepspeed.find(path):
         training = open_training(path)  # the fp32 masters, where they are
         return _trained(path, lazy_pieces(training.weights, path), _settings(deepspeed.open_zero(shards).model, path))
@@ -92,7 +93,7 @@ def _settings(value: Mapping[str, Any], path: Path) -> xtuner.Settings | None:
 def _trained(path: Path, pieces: Pieces, settings: xtuner.Settings | None) -> Source:
     if found := xtuner.layout_of(pieces):
         modules = _by_module(pieces, partial(xtuner.own_name, table=found[1]))
-        return Source(path, modules=modules, settings=settings, trained=True)
+        return Source(path, modules=modules, settings=settings, trained=True, is_xtuner=True)
     if llava.is_llava(pieces):
         return Source(path, modules=_by_module(pieces, llava.own_name), trained=True)
     return Source(path, modules={"": pieces}, trained=True)

@@ -164,6 +164,8 @@ def _projector(shop: Workshop) -> dict[str, Piece]:
     source = shop.open(path, "projector")
     known = ("vision_feature_layer", "vision_feature_select_strategy", "downsample_ratio", "projector_hidden_act")
     shop.settings.stated |= {key: source.config[key] for key in known if key in source.config}
+    if source.is_xtuner:  # it leaves the first patch out, whether the tower has a class token or not
+        shop.settings.stated.setdefault("vision_feature_select_strategy", "default")
     if isinstance(act := source.config.get("hidden_act"), str):  # XTuner's word
         shop.settings.stated["projector_hidden_act"] = act
     pieces = source.pieces("projector")

@@ -67,7 +67,7 @@ def llava_config(text: Any, vision: Any, settings: Settings, *, bias: bool) -> A
         vision_feature_select_strategy=strategy,
         projector_hidden_act=settings.get("projector_hidden_act", "gelu"),
         multimodal_projector_bias=bias,
-        image_seq_length=grid + (class_token and strategy == "full"),
+        image_seq_length=grid + class_token - (strategy == "default"),
         tie_word_embeddings=bool(text.tie_word_embeddings),
     )
 
