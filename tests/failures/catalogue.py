@@ -202,7 +202,12 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "a quantised weight is refused as the base of a merge",
             MERGE + "test_a_quantised_weight_is_refused",
         ),
-        Row(33, "the merge's base is not the quantised one that trained", waits="QLoRA"),
+        Row(
+            33,
+            "the merge's base is not the quantised one that trained",
+            "either is to be had; how far weights and logits are from what was trained is told for both",
+            EXACTNESS + "lora.py::test_the_drift_of_either_base_is_told_and_what_was_taken_is_what_was_made",
+        ),
         Row(
             34,
             "the merge changes the dtype, or unmerging leaves rounding behind",
@@ -221,7 +226,12 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "the output is reopened from disk and its logits compared with those that trained",
             HERE + "weights.py::test_row_36_a_merge_that_lost_the_adapter_is_not_handed_on",
         ),
-        Row(37, "several adapters are combined by wrong arithmetic", waits="combining adapters"),
+        Row(
+            37,
+            "several adapters are combined by wrong arithmetic",
+            "they are added one after the other, with the bits of PEFT's",
+            MERGE + "test_several_adapters_are_merged_one_after_the_other_as_peft_does",
+        ),
         Row(
             38,
             "the best checkpoint cannot be loaded when it is an adapter",
