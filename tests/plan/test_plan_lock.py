@@ -12,7 +12,17 @@ from onward.plan.lock import Amendment, Lock, locked_plan, plan_values, read_loc
 PLAN = """\
 model: m
 stages:
-  - {name: a, train: {x: {mode: lora, targets: [q_proj]}, y: {mode: full}}, data: a.jsonl, steps: 3, output: adapters}
+  - name: a
+    train:
+      x: {mode: lora, targets: [q_proj], rank_pattern: {q_proj: 3}}
+      y: {mode: full}
+      z: {mode: frozen}
+      v: {mode: frozen, bits: 4, quant_type: fp4}
+      w: {mode: qlora, bits: 8}
+      u: {mode: qlora, double_quant: false}
+    data: a.jsonl
+    steps: 3
+    output: adapters
 """
 
 

@@ -124,6 +124,7 @@ class Train(Strict):
         other: tuple[str, ...] = () if self.has_adapters else LORA_KEYS
         other += () if self.quantised_bits == 4 else QUANTISED_KEYS
         other += () if self.mode in ("qlora", "frozen") else ("bits",)
+        other += GROUP_KEYS if self.mode == "frozen" else ()
         return {key: value for key, value in values.items() if key not in other}
 
 
