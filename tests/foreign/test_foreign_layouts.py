@@ -5,6 +5,7 @@ from a native model becomes that model again, bit for bit.
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -416,6 +417,59 @@ def test_qwen_vl_generates_saves_and_loads_again(tmp_path: Path) -> None:
     loss = native(**inputs, labels=ids).loss
     loss.backward()
     assert all(parameter.grad is not None for parameter in native.parameters())
+
+
+JUNK = (None, "x", -1, [], {}, [1], 0.5)
+
+
+def places(value: object, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Every key of a JSON value, by its path."""
+    inside = value.items() if isinstance(value, dict) else ()
+    return [path, *(place for key, part in inside for place in places(part, (*path, key)))]
+
+
+@pytest.mark.parametrize("name", ["internlm2", "qwen", "internvl"])
+@pytest.mark.parametrize("count", [25, pytest.param(500, marks=pytest.mark.whole)])
+def test_junk_in_the_json_files_is_told_without_a_traceback(
+    originals: Path, tmp_path: Path, name: str, count: int
+) -> None:
+    source, chance = shutil.copytree(originals / name, tmp_path / "theirs"), random.Random(f"{name}{count}")
+    files = [file for file in source.glob("*.json") if not file.name.endswith("index.json")]
+    for _ in range(count):
+        file = chance.choice(files)
+        given = json.loads(file.read_text())
+        path, junk = chance.choice(places(given)), chance.choice(JUNK)
+        changed = json.loads(json.dumps(given)) if path else junk
+        inner = changed
+        for key in path[:-1]:
+            inner = inner[key]
+        if path:
+            inner[path[-1]] = junk
+        file.write_text(json.dumps(changed))
+        try:
+            inspect(source)
+            convert(source, tmp_path / "ours")
+        except OnwardError:
+            assert not (tmp_path / "ours").exists()
+        shutil.rmtree(tmp_path / "ours", ignore_errors=True)
+        file.write_text(json.dumps(given))
+
+
+def test_an_import_that_is_cut_off_leaves_nothing_and_comes_out_the_same(originals: Path, tmp_path: Path) -> None:
+    convert(originals / "qwen", tmp_path / "whole")
+    script = (
+        "import os, sys; from pathlib import Path; from onward.foreign.layouts import convert\n"
+        "from onward.model.shapes import parameter_shapes\n"
+        "convert.cached_digest = lambda path: os._exit(9)\n"  # all but the report is written then
+        "convert.import_model(*map(Path, sys.argv[1:]), shapes_of=parameter_shapes)"
+    )
+    command = [sys.executable, "-c", script, str(originals / "qwen"), str(tmp_path / "ours")]
+    assert subprocess.run(command, check=False).returncode == 9
+    assert not (tmp_path / "ours").exists()
+    convert(originals / "qwen", tmp_path / "ours")
+    for file in (tmp_path / "whole").iterdir():
+        if file.name != "onward-import.json":  # which names the directory
+            assert file.read_bytes() == (tmp_path / "ours" / file.name).read_bytes()
 
 
 MEASURE = """

@@ -23,8 +23,8 @@ def parameter_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         with torch.device("meta"):
             made = transformers.AutoConfig.for_model(config["model_type"], **settings)
             model = auto_class.from_config(made)
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"transformers does not build this model: {error}") from None
+    except Exception as error:  # transformers and its parts raise a dozen kinds for a value that cannot be
+        raise InputError(f"transformers does not build this model: {error}") from error
     stored = model.state_dict().keys()
     constants = {name: tuple(buffer.shape) for name, buffer in model.named_buffers() if name in stored}
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()} | constants

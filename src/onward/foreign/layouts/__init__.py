@@ -23,7 +23,7 @@ THEIRS = (
 
 def layout_of(config: Mapping[str, Any]) -> Layout | None:
     """The layout of a model by its config.json; None for one that needs no conversion, or that is not known."""
-    match config.get("model_type"):
+    match config.get("model_type") if isinstance(config, dict) else None:
         case "internlm2":
             return INTERNLM2
         case "internvl_chat":

@@ -18,6 +18,7 @@ from onward.files import committed_directory, digest_file, read_json, require_sp
 from onward.foreign.converted import converted
 from onward.foreign.layouts import layout_of
 from onward.foreign.layouts.gptq import unpacked
+from onward.foreign.layouts.layout import readable
 from onward.foreign.layouts.rules import on_disk
 from onward.foreign.pieces import model_pieces
 from onward.weights.pieces import Piece, Pieces, written
@@ -70,15 +71,16 @@ def import_model(source: Path, out: Path, *, shapes_of: Shapes) -> ImportReport:
     layout = layout_of(config)
     if layout is None:
         raise InputError(
-            f"model_type {config.get('model_type')!r} is no layout that needs conversion, or none that is known",
+            "its model_type is no layout that needs conversion, or none that is known",
             where=where,
             hint=f"onward inspect {source} says what it is",
         )
     require_new(out)
-    target = layout.config(config, source)
+    with readable(source):
+        target, rules = layout.config(config, source), layout.rules(config)
     theirs, notes = unpacked(model_pieces(source), config, source)
     left: dict[str, str] = {}
-    ours = converted(theirs, layout.rules(config), left)
+    ours = converted(theirs, rules, left)
     if target.config["tie_word_embeddings"]:
         _untied(ours, left, source)
     _check(ours, shapes_of(target.config), source)
@@ -92,7 +94,8 @@ def import_model(source: Path, out: Path, *, shapes_of: Shapes) -> ImportReport:
     with committed_directory(out) as unfinished:
         records = write_sharded(unfinished, pending)
         write_json(unfinished / "config.json", target.config)
-        notes += layout.files(source, unfinished, config, target.config)
+        with readable(source):
+            notes += layout.files(source, unfinished, config, target.config)
         report = ImportReport(
             source=str(source.resolve()),
             out=str(out),

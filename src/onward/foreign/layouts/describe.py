@@ -10,6 +10,7 @@ from onward.errors import OnwardError
 from onward.files import read_json
 from onward.foreign.description import Description, count_dtypes
 from onward.foreign.layouts import layout_of
+from onward.foreign.layouts.layout import readable
 from onward.foreign.layouts.source import Stored, open_tensors
 
 
@@ -18,7 +19,7 @@ def recognise(path: Path) -> Description | None:
     if not (path / "config.json").is_file():
         return None
     config = read_json(path / "config.json")
-    layout = layout_of(config) if isinstance(config, dict) else None
+    layout = layout_of(config)
     if layout is None:
         return None
     problems: tuple[str, ...] = ()
@@ -26,7 +27,8 @@ def recognise(path: Path) -> Description | None:
     limits: tuple[str, ...] = ()
     try:
         tensors = open_tensors(path)
-        limits = layout.config(config, path).limits
+        with readable(path):
+            limits = layout.config(config, path).limits
     except OnwardError as error:
         problems = (str(error),)
     facts = {
@@ -35,7 +37,7 @@ def recognise(path: Path) -> Description | None:
         "parameters on disk": f"{sum(math.prod(tensor.shape) for tensor in tensors.values()):,}",
         "files": sorted({tensor.file.name for tensor in tensors.values()}) or "none",
     }
-    if quantisation := config.get("quantization_config"):
+    if isinstance(quantisation := config.get("quantization_config"), dict):
         facts["quantised"] = f"{quantisation.get('quant_method')}, {quantisation.get('bits')} bits: unpacked by import"
     if limits:
         facts["exact but for"] = "; ".join(limits)

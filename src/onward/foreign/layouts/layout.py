@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,21 @@ class Layout:
     rules: Callable[[Config], tuple[Rule, ...]]
     files: Callable[[Path, Path, Config, Config], list[str]]
     disk: tuple[tuple[str, str], ...] = ()
+
+
+@contextmanager
+def readable(source: Path) -> Iterator[None]:
+    """InputError where a value in a foreign model's JSON files is of another kind than its own code would take: they
+    are read key by key, so it is met anywhere.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"a value in its configuration or its tokenizer's files is none that it can have ({error})",
+            where=str(source),
+            hint="compare config.json, tokenizer_config.json and added_tokens.json with the published ones",
+        ) from error
 
 
 def number(config: Config, key: str, where: str) -> int:
