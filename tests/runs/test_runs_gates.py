@@ -98,3 +98,20 @@ def test_a_fork_from_the_later_stage_keeps_the_decision(stopped, tmp_path):
 def test_a_proof_is_not_stopped_by_a_gate(stopped):
     plan, _, _ = stopped
     assert "verdict: proven" in done("prove", plan).out
+
+
+def test_another_source_of_a_metric_is_another_metric(stopped, tmp_path, monkeypatch):
+    plan, _, _ = stopped
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_score.py").write_text(
+        "def short(prediction, reference, row):\n    return float(len(prediction) < 9)\n"
+    )
+    words = ["run", plan, "stages.learn.gate=null", "--run", tmp_path / "run"]
+    metrics = "defaults.evaluate={data: text.jsonl, limit: 4, max_new_tokens: 2, metrics: ['my_score:short']}"
+    done(*words, metrics, "--until", "learn")
+    done(*words, "--until", "learn")
+    (tmp_path / "my_score.py").write_text("def short(prediction, reference, row):\n    return 1.0\n")
+    said = onward(*words)
+    assert said.status == 3 and "content.evaluation.learn" in said.err, said.err
+    wrong = onward("check", *words[1:3], metrics.replace("short", "shorter"), "--run", tmp_path / "new")
+    assert wrong.status == 2 and "my_score:shorter is not found" in wrong.err and "defaults.evaluate" in wrong.err
