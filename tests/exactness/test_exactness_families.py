@@ -162,12 +162,13 @@ def test_the_loss_with_the_image_is_far_below_that_without(models: Path, tmp_pat
     blind.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def measure() -> None:
-        from onward.evaluate.command import evaluate_model
         from transformers import AutoTokenizer
+
+        from onward.runs.evaluate import evaluate
 
         output = tmp_path / "run/stages/2-second/output"
         seen, unseen = (
-            evaluate_model(output, [data], ["loss", "exact_match"], limit=None, max_new_tokens=8)
+            evaluate(str(output), [data], ["loss", "exact_match"], max_new_tokens=8).metrics
             for data in (models / "colours.jsonl", blind)
         )
         words = AutoTokenizer.from_pretrained(output)
