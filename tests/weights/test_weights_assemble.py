@@ -264,6 +264,7 @@ def deepen(tensors):
         (shorten, r"linear_2.bias: \[47\] .* \[48\] in the model"),
         (deepen, "a projector of depth 3: transformers' LLaVA class has exactly two"),
         (lambda tensors: tensors.update({"model.norm.weight": torch.ones(3)}), "model.norm.weight is no tensor"),
+        (lambda tensors: tensors.update({"0.bias": torch.ones(3)}), "linear_1.bias: is in .* and, as"),
         (lambda tensors: [tensors.pop(f"model.2.{kind}") for kind in ("weight", "bias")], "a projector of depth 1"),
     ],
 )

@@ -16,7 +16,7 @@ from onward.foreign import deepspeed, llava, xtuner
 from onward.foreign.known import open_training
 from onward.foreign.pickles import LazyTensor, is_pickle, open_pickle, state_dict_of
 from onward.foreign.pieces import any_adapter, file_pieces, has_weights, lazy_pieces, model_pieces
-from onward.weights.pieces import Piece, Pieces, with_adapter, with_replacements
+from onward.weights.pieces import Piece, Pieces, renamed, with_adapter, with_replacements
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ def trained_over(
         return with_adapter(base, source.adapter, source.path, where, rename)
     pieces = source.pieces(module)
     lora = {name: piece for name, piece in pieces.items() if ".lora_" in name}
-    full = {rename(re.sub(r"^base_model\.model\.", "", name)): p for name, p in pieces.items() if name not in lora}
+    whole = {name: piece for name, piece in pieces.items() if name not in lora}
+    full = renamed(whole, lambda name: rename(re.sub(r"^base_model\.model\.", "", name)))
     result = with_replacements(base, full, where)
     if lora:
         result = with_adapter(result, _adapter(source, module, lora, given), source.path, where, rename)

@@ -28,7 +28,7 @@ from onward.weights.assemble import (
     write_model,
     write_report,
 )
-from onward.weights.pieces import Piece, Pieces
+from onward.weights.pieces import Piece, Pieces, renamed
 
 if TYPE_CHECKING:
     import torch
@@ -154,8 +154,9 @@ def _vision_tower(shop: Workshop) -> tuple[dict[str, Piece], dict[str, Any]]:
         if text := TEXT_TOWER.match(name):
             shop.left_out[text[0].rstrip(".")] = f"of the text tower that {path} was trained with"
         else:
-            pieces[name.removeprefix("vision_model.")] = piece
-    return shop.trained(pieces, "vision_tower", path, partial(re.sub, r"^vision_model\.", "")), values
+            pieces[name] = piece
+    own_name = partial(re.sub, r"^vision_model\.", "")
+    return shop.trained(renamed(pieces, own_name), "vision_tower", path, own_name), values
 
 
 def _projector(shop: Workshop) -> dict[str, Piece]:
@@ -170,7 +171,8 @@ def _projector(shop: Workshop) -> dict[str, Piece]:
         shop.settings.stated["projector_hidden_act"] = act
     pieces = source.pieces("projector")
     names = llava.projector_names(pieces, str(path))
-    return shop.trained({names[n]: piece for n, piece in pieces.items()}, "projector", path, lambda name: names[name])
+    own = renamed(pieces, names.__getitem__)
+    return shop.trained(own, "projector", path, lambda name: names.get(name, name))
 
 
 def without_buffers(pieces: Pieces, left_out: dict[str, str]) -> dict[str, Piece]:

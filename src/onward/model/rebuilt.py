@@ -22,7 +22,7 @@ from onward.model.partition import into_whole
 from onward.model.shapes import parameter_shapes
 from onward.model.workshop import Request, Settings, Workshop
 from onward.weights.assemble import AssemblyReport, Part, check_assignment, specs_of
-from onward.weights.pieces import Piece, Pieces
+from onward.weights.pieces import Piece, Pieces, renamed
 from onward.weights.shards import INDEX, PARTS
 from onward.weights.sidecars import copy_sidecars
 from onward.weights.split import part_pieces
@@ -102,8 +102,8 @@ def _replacement(shop: Workshop, pieces: Pieces, module: str, naming: Naming) ->
         raise InputError(f"has no {module}", where=str(shop.request.base))
     if module == "projector" and not any(naming.inside(module, name) in expected for name in given):
         names = llava.projector_names(given, str(path))  # in another tool's numbering
-        given = {names[name]: piece for name, piece in given.items()}
-    new = {naming.inside(module, name): piece for name, piece in given.items()}
+        given = renamed(given, names.__getitem__)
+    new = renamed(given, partial(naming.inside, module))
     check_assignment(expected, [Part(module, new)])
     return new
 

@@ -46,6 +46,17 @@ def stored_pieces(shards: Iterable[Shard]) -> dict[str, Piece]:
     }
 
 
+def renamed(pieces: Pieces, rename: Callable[[str], str]) -> dict[str, Piece]:
+    """`pieces` by other names. InputError where two become one."""
+    by_name: dict[str, Piece] = {}
+    for old, piece in pieces.items():
+        name = rename(old)
+        if name in by_name:
+            raise InputError(f"is in {by_name[name].origin} and, as {old}, in {piece.origin}", where=name)
+        by_name[name] = piece
+    return by_name
+
+
 def with_adapter(
     base: Pieces, adapter: Adapter, source: Path, where: str, rename: Callable[[str], str]
 ) -> dict[str, Piece]:
