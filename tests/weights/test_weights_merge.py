@@ -445,6 +445,30 @@ def test_the_out_directory_must_be_free(adapter, tmp_path):
     assert (out / "config.json").exists()
 
 
+def test_a_merge_that_is_killed_leaves_nothing_in_its_place_and_can_be_made_again(adapter, tmp_path, monkeypatch):
+    from onward.checkpoint.tensorfile import TensorFileWriter
+
+    peft_side.merged_by_us(adapter, None, tmp_path / "whole")
+    write, written = TensorFileWriter.write_pieces, []
+
+    def deadly(self, spec, pieces):
+        write(self, spec, pieces)
+        written.append(spec)
+        os.kill(os.getpid(), 9) if len(written) == 2 else None
+
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        monkeypatch.setattr(TensorFileWriter, "write_pieces", deadly)
+        peft_side.merged_by_us(adapter, None, tmp_path / "out")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
+    assert not (tmp_path / "out").exists() and list(tmp_path.glob(".partial-out-*"))
+    peft_side.merged_by_us(adapter, None, tmp_path / "out")
+    for path in (tmp_path / "whole").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_too_little_space_is_said_before_anything_is_written(adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
     with pytest.raises(InputError, match="the merged model needs"):
