@@ -74,7 +74,7 @@ def page() -> str:
 
 
 def _row(name: str, field: FieldInfo) -> str:
-    default = "required" if field.is_required() else _default(field.default)
+    default = "required" if field.is_required() else _default(field.get_default(call_default_factory=True))
     meaning = (field.description or "").replace("|", "\\|")
     return f"| `{field.alias or name}` | {_type(field.annotation)} | {default} | {meaning} |\n"
 
@@ -99,10 +99,11 @@ def _type(annotation: Any) -> str:
         kind = _type(inner[0])
         return f"list of {kind}" if inner[-1] is Ellipsis else f"{len(inner)} × {kind}"
     if origin is dict:
-        return "mapping, see below"
+        is_block = isinstance(inner[1], type) and issubclass(inner[1], BaseModel)
+        return "mapping, see below" if is_block else f"mapping of {_type(inner[0])} to {_type(inner[1])}"
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "mapping, see below"
-    names = {int: "whole number", float: "number", str: "text", bool: "`true` \\| `false`"}
+    names = {int: "whole number", float: "number", str: "text", bool: "`true` \\| `false`", Any: "anything"}
     return names[annotation]
 
 
