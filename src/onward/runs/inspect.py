@@ -38,7 +38,7 @@ def _unknown(path: Path) -> Description:
     facts = {"holds": [f"{item.name} ({found.kind})" for item, found in known.items()]}
     if not known:
         facts = {"holds": [item.name for item in inside[:6]] or ["nothing"]}
-    first = next(iter(known), None)
+    first = min(known, key=lambda item: known[item].kind == "tensors", default=None)  # plain tensors come last
     return Description(
         str(path),
         "directory" if known else "not recognised",

@@ -66,7 +66,7 @@ class AssemblyReport:
             key = (item.module, item.source, item.change)
             counts[key] = counts.get(key, 0) + 1
         lines = [f"{m}: {n} from {source} {change}".rstrip() for (m, source, change), n in counts.items()]
-        lines += [f"stated by a part: {name} = {value}" for name, value in self.stated.items()]
+        lines += [f"stated, by a part or by --set: {name} = {value}" for name, value in self.stated.items()]
         lines += [f"assumed, since no part states it: {name} = {value}" for name, value in self.assumed.items()]
         lines += [f"left out: {name} ({reason})" for name, reason in self.left_out.items()]
         size = sum(record.size for record in self.files)
