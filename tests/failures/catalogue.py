@@ -76,7 +76,12 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "no object outlives a start; every step's rate after the kill is that of the formula",
             HERE + "weights.py::test_row_03_the_learning_rate_follows_the_plans_formula_across_kills",
         ),
-        Row(9, "the fp16 loss scale is lost, steps overflow and are skipped", waits="fp16"),
+        Row(
+            9,
+            "the fp16 loss scale is lost, steps overflow and are skipped",
+            "the scale is state; an overflowed step is tried again, killed in between too, and is no step of the schedule",
+            EXACTNESS + "methods.py::test_killed_between_an_overflow_and_the_next_try",
+        ),
         Row(
             10,
             "after freezing or unfreezing the groups no longer fit the saved state",
@@ -95,7 +100,12 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "dtypes are verbatim, compared after a round trip",
             HERE + "weights.py::test_row_12_state_keeps_its_dtype",
         ),
-        Row(13, "8-bit and paged optimizers cannot be resumed, or turn into others", waits="8-bit optimizers"),
+        Row(
+            13,
+            "8-bit and paged optimizers cannot be resumed, or turn into others",
+            "their state is kept verbatim by parameter name; an optimizer of another name is another training",
+            EXACTNESS + "methods.py::test_killed_before_at_and_after",
+        ),
         Row(
             14,
             "the optimizer's step count is not restored",
@@ -315,7 +325,12 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
             "killed with two workers and continued with none, nothing changes",
             EXACTNESS + "kill.py::test_workers_change_nothing",
         ),
-        Row(52, "packs are cut otherwise after a change of seed, length or version", waits="packing"),
+        Row(
+            52,
+            "packs are cut otherwise after a change of seed, length or version",
+            "rows are packed within one step, whatever the micro-batch: a step has the same samples and the same loss",
+            EXACTNESS + "data.py::test_packing_may_be_switched_while_a_run_goes_on",
+        ),
         Row(
             53,
             "the data set is another one, and nobody notices",
@@ -431,9 +446,19 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
         ),
     ),
     "Many ranks": (
-        Row(74, "a checkpoint is refused without saying what it lacks", waits="DeepSpeed"),
+        Row(
+            74,
+            "a checkpoint is refused without saying what it lacks",
+            "inspect names what is missing, the likely cause and the command that comes next",
+            "tests/foreign/test_foreign_inspect.py::test_what_is_missing_is_named_with_its_cause",
+        ),
         Row(75, "another number of ranks cannot load the state", waits="many ranks"),
-        Row(76, "another ZeRO stage cannot load the state", waits="DeepSpeed"),
+        Row(
+            76,
+            "another ZeRO stage cannot load the state",
+            "ZeRO 1, 2 and 3 are read by parameter name into one format, from any number of ranks",
+            "tests/foreign/test_foreign_continue_deepspeed.py::test_ten_steps_further_the_weights_are_deepspeed_s",
+        ),
         Row(77, "shards stay on the nodes that wrote them", waits="many ranks"),
         Row(
             78,
