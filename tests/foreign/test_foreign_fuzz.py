@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from samples import SAMPLES
 
 from onward.errors import OnwardError
+from onward.foreign.known import open_training
 from onward.foreign.pickles import open_pickle
 from onward.runs.inspect import inspect
 
@@ -116,6 +117,7 @@ def fuzz(seconds, directory):
             path.write_bytes(blob)
             survives(open_pickle, path)
             survives(inspect, path)
+            survives(open_training, path)
 
         @rules
         @seed(number)
@@ -131,6 +133,7 @@ def fuzz(seconds, directory):
             for name, blob in blobs.items():
                 (directory / name).write_bytes(blob)
             survives(inspect, directory)
+            survives(open_training, directory)
 
         files()
         directories()

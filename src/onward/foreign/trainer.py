@@ -239,7 +239,7 @@ def _settings(files: TrainerFiles, ranks: int) -> dict[str, Any]:
     if said.get("max_grad_norm") == 0:
         settings["max_grad_norm"] = None
     if isinstance(size := said.get("per_device_train_batch_size"), int):
-        settings["batch_size"] = size * int(said.get("gradient_accumulation_steps") or 1) * ranks
+        settings["batch_size"] = size * (as_step(said.get("gradient_accumulation_steps")) or 1) * ranks
     if type(total := files.state.get("max_steps")) is int:
         settings["steps"] = total
     if isinstance(kind := said.get("lr_scheduler_type"), str):

@@ -102,8 +102,10 @@ def param_groups(files: ZeroFiles) -> list[Mapping[str, Any]]:
 
 def _shapes(files: ZeroFiles, where: str) -> list[dict[str, tuple[int, ...]]]:
     """Parameter → shape, in the order of the flat buffers, group by group."""
-    groups = files.model.get("param_shapes")
-    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+    told = files.model.get("param_shapes")
+    groups = [group for group in told if isinstance(group, dict)] if isinstance(told, list) else []
+    shapes = [shape for group in groups for shape in group.values()]
+    if not shapes or not all(isinstance(shape, tuple) and all(type(n) is int for n in shape) for shape in shapes):
         raise DamageError("does not say which parameters its flat buffers hold (param_shapes)", where=where)
     return groups
 
