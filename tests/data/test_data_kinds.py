@@ -93,7 +93,13 @@ def test_each_kind_is_recognised_and_becomes_messages(tmp_path, kind, row, expec
 
 def test_text(tmp_path):
     file = opened(tmp_path, {"text": "once upon a time", "meta": {"url": "x"}})
-    assert file.reading.kind == "text" and file.row(0) == {"text": "once upon a time"}
+    assert file.reading.kind == "text" and file.row(0) == {"text": "once upon a time", "meta": {"url": "x"}}
+
+
+def test_what_no_kind_knows_comes_along_for_whoever_measures(tmp_path):
+    row = {"question": "Q", "answer": "A", "answers": ["A", "a"], "image": None, "level": 3}
+    read = opened(tmp_path, row).row(0)
+    assert read == {"messages": EXCHANGE, "answers": ["A", "a"], "level": 3}
 
 
 @pytest.mark.parametrize("given", [json.dumps([TOOL]), [TOOL], [{"type": "function", "function": TOOL}]])

@@ -132,3 +132,13 @@ def test_the_template_that_was_learnt_is_handed_on(data: Path, tmp_path: Path) -
         assert "chat_template.jinja" in {record.path for record in verified_output(output).files}
 
     assert in_child(compare) == 0
+
+
+def test_answers_to_texts_are_refused_before_anything_trains(data: Path, tmp_path: Path, capfd) -> None:
+    plan = data / "answers.yaml"
+    more = "evaluate: {data: saved, metrics: [loss, exact_match]}"
+    values = {"model": "base", "top": "", "data": "saved", "length": "steps: 3", "workers": 0, "more": more}
+    plan.write_text(PLAN.replace("    evaluate: {{data: {held_out}, every: 3, limit: 4}}\n", "").format(**values))
+    assert start(plan, tmp_path / "run") == 2
+    assert "exact_match compares answers, and the rows of" in capfd.readouterr().err
+    assert not (tmp_path / "run/stages").exists()

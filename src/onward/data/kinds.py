@@ -25,13 +25,17 @@ Kind = Literal["messages", "conversations", "xtuner", "alpaca", "prompt", "text"
 TURNS = ("messages", "conversations", "conversation")
 PROMPTS = ("prompt", "question", "query", "problem", "input")
 RESPONSES = ("response", "answer", "completion", "output", "solution")
+NOT_READ = ("video", "videos", "audio", "audios")
+COLUMNS = {
+    *TURNS, *PROMPTS, *RESPONSES, *NOT_READ, "instruction", "text", "history", "system", "tools", "image", "images",
+}  # fmt: skip
+"""What some kind knows."""
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant",
     "bard": "assistant", "bing": "assistant", "model": "assistant", "function_call": "function_call",
     "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool", "function": "tool",
 }  # fmt: skip
 """ShareGPT's `from` → role. A `function_call` is an assistant's turn that calls tools."""
-NOT_READ = ("video", "videos", "audio", "audios")
 
 Row = Mapping[str, Any]
 

@@ -129,6 +129,11 @@ class StageData:
             return StepPlace(0, (step - 1) * batch_size, batch_size)
         return Epochs(self.samples_per_epoch, batch_size).place(step)
 
+    def seen(self, step: int, batch_size: int) -> int:
+        """How many samples the steps up to this one took."""
+        place = self.place(step, batch_size) if step else StepPlace(0, 0, 0)
+        return place.epoch * self.samples_per_epoch + place.position + place.count
+
     def draws(self, epoch: int, positions: Indices, *, seed: int, stage: str) -> list[Draw]:
         """Which samples stand at `positions` of an epoch (from 0)."""
         if weighted := self.weighted:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onward.data.kinds import READ, Kind, kind_of
+from onward.data.kinds import COLUMNS, READ, Kind, kind_of
 from onward.data.samples import BadSample, Origin
 from onward.data.sources import RowFile
 from onward.errors import PlanError
@@ -26,8 +26,12 @@ class Reading:
     columns: tuple[tuple[str, str], ...] = ()
 
     def read(self, row: Row, origin: Origin) -> dict[str, Any]:
-        """The row as messages or as a text. BadSample when it is not of this kind."""
-        return READ[self.kind](_renamed(row, self.columns), origin)
+        """The row as messages or as a text, with the columns that no kind knows (`answers`, what a metric of the user's
+        looks at). BadSample when it is not of this kind.
+        """
+        given = _renamed(row, self.columns)
+        others = {name: value for name, value in given.items() if name not in COLUMNS}
+        return others | READ[self.kind](given, origin)
 
 
 @dataclass(frozen=True)

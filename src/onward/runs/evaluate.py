@@ -55,9 +55,10 @@ def evaluate(
     """
     for metric in metrics:
         _require_metric(metric)
+    from onward.data.sources import find_files
+
     for path in data:
-        if not path.exists():
-            raise PlanError("no such data file", where=str(path))
+        find_files(path)
     if out and not any(metric in ANSWER_METRICS or ":" in metric for metric in metrics):
         raise PlanError("none of the metrics needs answers", where="--out", hint="add --metric exact_match, say")
     named = find_model(model, base)

@@ -227,7 +227,6 @@ def _checkpoint(
     """Write the source's state as a checkpoint of the first stage; what it carries, in words."""
     import torch
 
-    from onward.data.order import Epochs
     from onward.model.adapters import lora_config
     from onward.weights.quantised import to_json
 
@@ -239,9 +238,7 @@ def _checkpoint(
         for name, slots in matched.state.items()
         for slot, tensor in slots.items()
     }
-    epochs, samples = Epochs(inputs.data.samples_per_epoch, stage.batch_size), inputs.data.samples_per_epoch
-    whole, rest = divmod(training.step, epochs.steps_per_epoch)
-    seen = whole * samples + min(rest * stage.batch_size, samples)
+    seen = inputs.data.seen(training.step, stage.batch_size)
     base = base_name(resolved.model.path, directory, run.path)
     adapter = {name: tensor for name, tensor in weights.items() if is_adapter(name)}
     quantisation = to_json(selection.quantised) if selection.quantised else {}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onward.cache import cached_digest
-from onward.errors import InputError
+from onward.errors import InputError, PlanError
 from onward.files import canonical_json, digest_bytes
 from onward.model.directory import fingerprint_model
 from onward.model.parts import part_files
@@ -103,8 +103,24 @@ def _prepare(
     evaluation = None
     if stage.evaluation:
         evaluation = prepare(stage.evaluation, encoder, on_bad_sample=plan.on_bad_sample, progress=note)
+        _require_answers(resolved, stage, evaluation)
     steps = plan.steps or Epochs(data.samples_per_epoch, plan.batch_size).steps_per_epoch * (plan.epochs or 0)
     return StageInputs(encoder, data, evaluation, horizon_of(plan, steps, extensions))
+
+
+def _require_answers(resolved: Resolved, stage: ResolvedStage, evaluation: StageData) -> None:
+    """PlanError where answers are to be measured, and a source has plain text."""
+    from onward.evaluate.metrics import is_of_answers
+
+    metrics = stage.plan.evaluate.metrics if stage.plan.evaluate else ()
+    asked = [metric for metric in metrics if is_of_answers(metric)]
+    texts = [source.file.path for source in evaluation.sources if source.file.reading.kind == "text"]
+    if asked and texts:
+        raise PlanError(
+            f"{asked[0]} compares answers, and the rows of {texts[0]} are plain text, with nothing to answer",
+            where=resolved.loaded.where("stages", stage.plan.name, "evaluate", "metrics"),
+            hint="measure loss or token_accuracy on texts",
+        )
 
 
 @dataclass(frozen=True)
