@@ -53,7 +53,7 @@ def family(kind, place: Path):
         tiny.text_data(place / "d.jsonl", rows=12)
         return place / kind, place / "d.jsonl"
     tiny_vision.vision_model(place / kind, kind)
-    rows = [ask("No image?", "None.")]
+    rows = [ask("No image?", "None."), ask("Long?", "red green " * 15)]  # others share a row as long as that
     for i, size in enumerate([(28, 28), (90, 20), (33, 120), (56, 56), (60, 28)]):
         paint(place / f"{i}.png", tuple(40 * i for _ in range(3)), size)
         parts = [{"type": "image", "path": f"{i}.png"}] * (1 + i % 2)
@@ -96,11 +96,12 @@ def test_packed_and_sorted_give_the_loss_and_the_gradients_of_each_sample_alone(
     for layout in ("packed", "sorted"):
         loss, gradients, batch = losses_and_gradients(model, path, layout, attention)
         assert (batch.inputs, batch.sample_ids) == (plain.inputs, plain.sample_ids)
+        assert layout == "sorted" or sum(len(m["input_ids"]) for m in batch.micro_batches) < len(plain.sample_ids)
         assert loss == pytest.approx(alone, rel=1e-5)
         assert gradients.keys() == expected.keys()
         for name, gradient in gradients.items():
             scale = expected[name].abs().max()
-            assert (gradient - expected[name]).abs().max() <= 1e-4 * scale + 1e-8, name
+            assert (gradient - expected[name]).abs().max() <= 1e-4 * scale + 1e-6, name
         assert sum(micro["input_ids"].numel() for micro in batch.micro_batches) < len(plain.sample_ids) * max(
             micro["input_ids"].shape[1] for micro in plain.micro_batches
         )
