@@ -45,6 +45,7 @@ Q-LoRA has the projector in full and LoRA on the vision tower beside it.
 
 """
 AFTER_TABLE = """
+The class of the first Qwen-VL is onward's own: transformers opens such a directory once `onward.model.first_qwen_vl` is imported.
 Experts are refused in full and under LoRA: transformers holds all experts of a layer in one tensor, which has neither the names of the files nor a linear layer that LoRA could adapt.
 Q-LoRA is refused for such a model: its layers are quantised one at a time as the files have them.
 LoRA on `language_model` adapts every linear layer outside them, shared experts too; the router can train in full by a pattern (`mlp\\.gate\\.`).

@@ -145,6 +145,21 @@ def vision_model(directory: Path, kind: str, *, tied: bool = False, seed: int = 
     return directory
 
 
+def imported_qwen_vl(directory: Path) -> Path:
+    """The first Qwen-VL as `onward import` leaves it: some 400 thousand parameters, attention dropout 0.1."""
+    import legacy_models
+    import torch
+
+    from onward.foreign.layouts.convert import import_model
+    from onward.model.shapes import parameter_shapes
+
+    theirs = directory.with_name(f"{directory.name}-before")
+    torch.manual_seed(0)
+    legacy_models.qwen_vl(theirs, scale=None)
+    import_model(theirs, directory, shapes_of=parameter_shapes)
+    return directory
+
+
 def whole_processor(directory: Path, kind: str):
     """transformers' own processor of the directory. Without torchvision it refuses to be without a video processor:
     that one check is passed over."""

@@ -19,7 +19,7 @@ from onward.runs.verify import verify
 TABLE = Path(__file__).parents[2] / "docs/models.json"
 DECODERS = ("llama", "mistral", "qwen2", "qwen3", "internlm3")
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
-VISION = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
+VISION = ("llava", "llava_next", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "onward_qwen_vl")
 METHODS = ("lora", "qlora", "full", "mix")
 IN_CI = {("qwen3_vl", "mix"), ("qwen3_moe", "lora")}
 PLAN = """
@@ -78,7 +78,9 @@ def models(place: Path) -> Path:
         for kind in MIXTURES:
             mixtures.mixture(place / kind, kind)
         for kind in VISION:
-            if not (place / kind).exists():
+            if kind == "onward_qwen_vl":
+                tiny_vision.imported_qwen_vl(place / kind)
+            elif not (place / kind).exists():
                 tiny_vision.vision_model(place / kind, kind)
         tiny.colour_data(place / "many-colours.jsonl", rows=48)
 
@@ -128,12 +130,12 @@ def opened_by_transformers(base: Path, output: Path) -> None:
 
     from onward.model.directory import open_model_directory
 
-    kind = getattr(transformers, open_model_directory(output).family.auto_class)
+    kind = open_model_directory(output).family.load_class()
     model, info = kind.from_pretrained(output, output_loading_info=True)
     assert not any(info[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     before = dict(kind.from_pretrained(base).named_parameters())
     assert any(not torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
-    names = {path.name for path in base.iterdir()} - {"model.safetensors", "assembly.json"}
+    names = {path.name for path in base.iterdir()} - {"model.safetensors", "assembly.json", "onward-import.json"}
     assert names <= {path.name for path in output.iterdir()}
     assert all((base / name).read_bytes() == (output / name).read_bytes() for name in names)
     words = transformers.AutoTokenizer.from_pretrained(output)
@@ -141,8 +143,11 @@ def opened_by_transformers(base: Path, output: Path) -> None:
     model.generate(input_ids=asked["input_ids"], attention_mask=asked["attention_mask"], max_new_tokens=2)
 
 
+LEARNING = VISION[:-1]  # the first Qwen-VL learns at another rate: test_exactness_layouts.py
+
+
 @pytest.mark.parametrize(
-    "kind", [kind if kind == "qwen2_5_vl" else pytest.param(kind, marks=pytest.mark.whole) for kind in VISION]
+    "kind", [kind if kind == "qwen2_5_vl" else pytest.param(kind, marks=pytest.mark.whole) for kind in LEARNING]
 )
 def test_the_loss_with_the_image_is_far_below_that_without(models: Path, tmp_path: Path, kind: str) -> None:
     """Four colours: who does not see the image cannot do better than ln 4 = 1.39."""
