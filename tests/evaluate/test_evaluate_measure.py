@@ -11,7 +11,7 @@ from onward.data.batches import collate
 from onward.data.encode import load_encoder
 from onward.data.order import Draw
 from onward.data.prepare import ResolvedSource, prepare
-from onward.errors import InputError, PlanError
+from onward.errors import InputError, PlanError, TrainingError
 from onward.evaluate.generate import generate_answers
 from onward.evaluate.measure import better, measure, predict
 from onward.model.load import load_model
@@ -255,3 +255,14 @@ def test_a_function_of_the_users_measures_too(text, tmp_path, monkeypatch):
         evaluate(str(directory), [file], ["mine_metric:one"])
     with pytest.raises(InputError, match=r"rows\.jsonl:\d: metric mine_metric:broken failed: KeyError"):
         evaluate(str(directory), [file], ["mine_metric:broken"], max_new_tokens=NEW_TOKENS)
+
+
+@pytest.mark.parametrize(("size", "said"), [(8, "--batch-size 4"), (1, "a single sample")])
+def test_where_memory_ends_a_smaller_batch_is_named(text, monkeypatch, size, said):
+    def run_out(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 bytes")
+
+    directory, file = text
+    monkeypatch.setattr("onward.evaluate.measure._over_targets", run_out)
+    with pytest.raises(TrainingError, match=said):
+        evaluate(str(directory), [file], ["loss"], batch_size=size)

@@ -115,3 +115,52 @@ def test_another_source_of_a_metric_is_another_metric(stopped, tmp_path, monkeyp
     assert said.status == 3 and "content.evaluation.learn" in said.err, said.err
     wrong = onward("check", *words[1:3], metrics.replace("short", "shorter"), "--run", tmp_path / "new")
     assert wrong.status == 2 and "my_score:shorter is not found" in wrong.err and "defaults.evaluate" in wrong.err
+
+
+def with_measure(change):
+    """A patch: `change(measure, model, *arguments)` is called in place of what measures a model."""
+
+    def patch():
+        from functools import partial
+
+        from onward.evaluate import measure
+
+        measure.measure = partial(change, measure.measure)
+
+    return patch
+
+
+def test_what_is_measured_computes_as_its_stage_does(stopped, tmp_path):
+    """Live models, the plan's model and outputs."""
+
+    def tell(measure, model, *arguments, **options):
+        print("under", model.config._attn_implementation)
+        return measure(model, *arguments, **options)
+
+    plan, _, _ = stopped
+    words = ["stages.learn.gate=null", "stages.adapt.evaluate.limit=3", "stages.adapt.attention=eager"]
+    said = onward("run", plan, *words, "--run", tmp_path / "run", patch=with_measure(tell))
+    assert said.status == 0, said.err
+    found = [line.split()[1] for line in said.out.splitlines() if line.startswith("under ")]
+    assert found == ["sdpa"] * 3 + ["eager"] * 4, "the plan's model is measured again under another limit"
+
+
+@pytest.mark.parametrize("call", [1, 2, 3])
+def test_no_memory_to_measure_with_names_the_override(stopped, tmp_path, call):
+    """At the start, at the last step, of the output; the command that is named goes on."""
+    import torch
+
+    calls = []
+
+    def run_out(measure, model, *arguments, batch_size, **options):
+        calls.append(batch_size)
+        if len(calls) == call and batch_size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 bytes")
+        return measure(model, *arguments, batch_size=batch_size, **options)
+
+    plan, _, _ = stopped
+    words = ["run", plan, "stages.learn.gate=null", "--until", "learn", "--run", tmp_path / "run"]
+    said = onward(*words, patch=with_measure(run_out))
+    assert said.status == 1 and "out of memory with 4 samples at once: CUDA out of memory" in said.err, said.err
+    assert "run again with stages.learn.micro_batch_size=2" in said.err
+    done(*words, "stages.learn.micro_batch_size=2")

@@ -14,6 +14,7 @@ from onward.files import write_durably
 from onward.plan.functions import require_arguments
 from onward.plan.schema import ANSWER_METRICS, TARGET_METRICS
 from onward.plan.suggest import closest
+from onward.runs.micro_batch import no_room
 from onward.runs.opened import encoder_of, find_model, load_named
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ def evaluate(
     """Measure a model on files of data: on CUDA in bf16, else in fp32.
 
     `out` gets a JSON line for each row: its id, prediction, accepted answers, and what each metric of answers gives it.
-    PlanError for an unknown metric, a missing file or model, before anything is loaded.
+    PlanError for an unknown metric, a missing file or model, before anything is loaded; TrainingError for too little
+    memory.
     """
     for metric in metrics:
         _require_metric(metric)
@@ -73,13 +75,16 @@ def evaluate(
     precision = "bf16" if device == "cuda" else "fp32"
     encoder = encoder_of(named)
     prepared = prepare([ResolvedSource(path) for path in data], encoder, on_bad_sample="stop")
-    loaded = load_named(named, precision=precision, device=device)
-    how: dict[str, Any] = {
-        "batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit,
-        "autocast": Single(loaded, precision=precision).autocast(),
-    }  # fmt: skip
-    answers = predict(loaded, encoder, prepared, **how) if out else None
-    values = measure(loaded, encoder, prepared, metrics, answers=answers, **how)
+    try:
+        loaded = load_named(named, precision=precision, device=device)
+        how: dict[str, Any] = {
+            "batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit,
+            "autocast": Single(loaded, precision=precision).autocast(),
+        }  # fmt: skip
+        answers = predict(loaded, encoder, prepared, **how) if out else None
+        values = measure(loaded, encoder, prepared, metrics, answers=answers, **how)
+    except torch.OutOfMemoryError as error:
+        raise no_room(error, batch_size, "--batch-size ") from None
     if out and answers is not None:
         write_durably(out, b"".join(_line(answer, metrics) for answer in answers))
     return EvaluateReport(model, min(prepared.rows, limit or prepared.rows), values, str(out) if out else None)

@@ -17,6 +17,7 @@ from onward.checkpoint.save import ADAPTER_CONFIG
 from onward.files import canonical_json, digest_bytes
 from onward.plan.lock import Lock
 from onward.runs.journal import canonical_metrics, metrics_rows, write_event
+from onward.runs.micro_batch import AUTO_MICRO_BATCH, UNMEASURED, no_room
 from onward.runs.opened import Named, load_named
 from onward.runs.outputs import content_fingerprint, start_of
 
@@ -118,23 +119,31 @@ def _base(session: Session, number: int) -> Path:
 
 
 def _measure(session: Session, number: int, named: Named) -> Values:
+    import torch
+
     from onward.engine.single import Single
     from onward.evaluate.measure import measure
 
     stage = session.resolved.stages[number].plan
     inputs, plan = session.inputs[stage.name], stage.evaluate
     assert plan is not None and inputs.evaluation is not None
-    model = load_named(named, precision=stage.precision, device=str(session.device))
-    values = measure(
-        model,
-        inputs.encoder,
-        inputs.evaluation,
-        plan.metrics,
-        batch_size=session.micro_batch_size(stage.name),
-        max_new_tokens=plan.max_new_tokens,
-        limit=plan.limit,
-        autocast=Single(model, precision=stage.precision).autocast(),
-    )
+    size = session.micro_batch_size(stage.name)
+    if size == UNMEASURED:  # a baseline, before the stage's own model is there
+        size = AUTO_MICRO_BATCH
+    try:
+        model = load_named(named, precision=stage.precision, device=str(session.device), attention=stage.attention)
+        values = measure(
+            model,
+            inputs.encoder,
+            inputs.evaluation,
+            plan.metrics,
+            batch_size=size,
+            max_new_tokens=plan.max_new_tokens,
+            limit=plan.limit,
+            autocast=Single(model, precision=stage.precision).autocast(),
+        )
+    except torch.OutOfMemoryError as error:
+        raise no_room(error, size, f"stages.{stage.name}.micro_batch_size=") from None
     del model
     gc.collect()
     return values

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from onward.errors import TrainingError
 from onward.plan.changes import TIERS
 from onward.plan.lock import Lock, write_lock
 from onward.runs.begin import conditions
@@ -82,6 +83,18 @@ def halve(session: Session, live: LiveStage, reason: str) -> None:
         f"stage {name}, step {step + 1}: out of memory with {before} samples at once ({reason}); it is done again with "
         f"{after}, as are later steps. promise: {session.tier}: sums come in another order from here on"
     )
+
+
+def no_room(error: Exception, size: int, override: str) -> TrainingError:
+    """What to say where memory ended with `size` samples at once and nothing halves them: outside of a step's passes,
+    while measuring. `override` sets another size when a number is put behind it.
+    """
+    reason = str(error).partition("\n")[0]
+    if size > 1:
+        way_out = f"run again with {override}{size // 2}: nothing but memory and speed rests on it"
+        return TrainingError(f"out of memory with {size} samples at once: {reason}", hint=way_out)
+    way_out = "shorter samples, smaller images or a smaller max_new_tokens take less"
+    return TrainingError(f"out of memory with a single sample: {reason}", hint=way_out)
 
 
 def _lock_in(session: Session, live: LiveStage, measured: dict[str, int]) -> None:

@@ -111,7 +111,7 @@ def encoder_of(named: Named) -> Encoder:
     )
 
 
-def load_named(named: Named, *, precision: str, device: str) -> Any:
+def load_named(named: Named, *, precision: str, device: str, attention: str = "auto") -> Any:
     """The transformers model, adapters beside it on the base that they were trained on: quantised, where it was.
 
     DamageError where base and adapter do not fit.
@@ -123,16 +123,19 @@ def load_named(named: Named, *, precision: str, device: str) -> Any:
     if (named.base / PARTS).is_file():
         with tempfile.TemporaryDirectory(prefix="onward-whole-", dir=named.base.parent) as whole:
             join(named.base, Path(whole))
-            return load_named(replace(named, base=Path(whole)), precision=precision, device=device)
+            named = replace(named, base=Path(whole))
+            return load_named(named, precision=precision, device=device, attention=attention)
     if named.checkpoint and named.start:
         checkpoint = find_checkpoint(named.checkpoint)
         if checkpoint.manifest.base != named.start.fingerprint:
             raise DamageError("was trained on another base than the one that is there", where=str(named.checkpoint))
         beside = beside_base(named.start, checkpoint)
-        loaded = load_model(named.base, precision=precision, device=device, quantised=beside.quantised)
+        loaded = load_model(
+            named.base, precision=precision, device=device, attention=attention, quantised=beside.quantised
+        )
         return make_trainable(loaded, Selection({}, (), (), ()), beside, seed=0, stage="").model.eval()
     quantised = quantised_under(named.adapter) if named.adapter else {}
-    loaded = load_model(named.base, precision=precision, device=device, quantised=quantised)
+    loaded = load_model(named.base, precision=precision, device=device, attention=attention, quantised=quantised)
     return (_with_adapter(loaded.model, named.adapter) if named.adapter else loaded.model).eval()
 
 

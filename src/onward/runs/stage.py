@@ -15,7 +15,7 @@ from onward.model.directory import open_model_directory
 from onward.model.recompute import recomputes
 from onward.plan.schema import Stage
 from onward.runs.journal import write_event
-from onward.runs.micro_batch import UNMEASURED, halve, measure
+from onward.runs.micro_batch import UNMEASURED, halve, measure, no_room
 from onward.runs.outputs import Start, carried_from
 from onward.runs.replay import recorder
 from onward.runs.resolve import select_from
@@ -232,9 +232,6 @@ def train_stage(session: Session, live: LiveStage) -> int:
     def evaluate_at(step: int) -> bool:
         return evaluate is not None and (step in ends or (evaluate.every is not None and step % evaluate.every == 0))
 
-    if evaluate is not None and training.progress.step == 0:
-        record({"stage": stage.name, "step": 0, "evaluation": evaluation(0)})
-
     def batches() -> Iterator[StepBatch]:
         return step_batches(
             live.inputs.data,
@@ -259,6 +256,8 @@ def train_stage(session: Session, live: LiveStage) -> int:
     )
     first = training.progress.step
     try:
+        if evaluate is not None and first == 0:
+            record({"stage": stage.name, "step": 0, "evaluation": evaluation(0)})
         while True:
             try:
                 train(training, live.engine, batches(), duties)
@@ -272,11 +271,7 @@ def train_stage(session: Session, live: LiveStage) -> int:
                 )
             halve(session, live, reason)
     except torch.OutOfMemoryError as error:
-        smaller = max(1, live.micro_batch_size // 2)
-        raise TrainingError(
-            f"out of memory with {live.micro_batch_size} samples at once: {str(error).splitlines()[0]}",
-            hint=f"run again with stages.{stage.name}.micro_batch_size={smaller}: what a step means stays the same",
-        ) from None
+        raise no_room(error, live.micro_batch_size, f"stages.{stage.name}.micro_batch_size=") from None
     finally:
         live.saves.wait()
         report_failure(session, live)
