@@ -11,7 +11,7 @@ import pytest
 from harness import KILLED, Killer, assert_identical, in_child, start
 
 PLAN = """
-model: {kind}
+model: imported-{kind}
 seed: 5
 engine: {{threads: 1}}
 defaults: {{batch_size: 5, micro_batch_size: 2, learning_rate: {rate}, max_length: 512}}
@@ -47,7 +47,7 @@ def models(place: Path) -> Path:
         for kind in ("internlm2", "qwen", "internvl", "qwen_vl"):
             torch.manual_seed(0)
             getattr(legacy_models, kind)(place / "theirs" / kind, scale=None)
-            import_model(place / "theirs" / kind, place / kind, shapes_of=parameter_shapes)
+            import_model(place / "theirs" / kind, place / f"imported-{kind}", shapes_of=parameter_shapes)
         tiny.colour_data(place / "many-colours.jsonl", rows=48)
 
     assert in_child(build) == 0
@@ -72,7 +72,7 @@ def test_killed_in_each_stage_and_opened_again(models: Path, tmp_path: Path, var
     assert start(plan, run, view=Killer(("second", 2))) == KILLED
     assert start(plan, run) == 0
     assert_identical(tmp_path / "whole", run)
-    assert in_child(lambda: opened(models / kind, run / "stages/2-second/output")) == 0
+    assert in_child(lambda: opened(models / f"imported-{kind}", run / "stages/2-second/output")) == 0
 
 
 def opened(base: Path, output: Path) -> None:

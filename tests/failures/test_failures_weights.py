@@ -125,7 +125,7 @@ def test_row_14_the_optimizers_own_step_count_is_restored(cut: Path) -> None:
 
 
 def trainable(*names: str) -> Trainable:
-    return Trainable(None, None, matrices(*names), {}, ())
+    return Trainable(None, None, matrices(*names), {}, (), {})
 
 
 def test_row_18_a_missing_weight_is_an_error() -> None:
@@ -154,7 +154,7 @@ def test_row_21_the_adapter_goes_on_where_it_was(whole: Path, cut: Path) -> None
 def test_row_22_renamed_adapter_keys_are_an_error(cut: Path) -> None:
     tensors = dict(onward.load(cut / LAST["adapt"]).adapter().tensors)
     parameters = {name: torch.nn.Parameter(torch.zeros_like(tensor)) for name, tensor in tensors.items()}
-    live = Trainable(None, None, parameters, {}, ())
+    live = Trainable(None, None, parameters, {}, (), {})
     restore(live, tensors)
     renamed = {name.replace("model.layers", "model.language_model.layers"): t for name, t in tensors.items()}
     with pytest.raises(DamageError, match="lora_"):
@@ -184,9 +184,10 @@ def test_row_36_a_merge_that_lost_the_adapter_is_not_handed_on(place: Path, late
 
         original = handon.merge
 
-        def merge(base: Path, out: Path, *, adapter, **others):
+        def merge(base: Path, out: Path, *, adapters, **others):
+            (adapter,) = adapters
             empty = {name: torch.zeros_like(tensor) for name, tensor in adapter.tensors.items()}
-            return original(base, out, adapter=replace(adapter, tensors=empty), **others)
+            return original(base, out, adapters=[replace(adapter, tensors=empty)], **others)
 
         handon.merge = merge
 

@@ -111,7 +111,7 @@ def test_losses_rates_norms_and_weights_are_trainer_s(place: Path, monkeypatch: 
     # and the weights after Trainer's four steps are those of an onward run that stops there
     (place / "four.yaml").write_text(PLAN.replace("epochs: 2", "epochs: 1"))
     longer = Horizon((Segment("cosine", 8, 2),), (4,))
-    monkeypatch.setattr("onward.runs.inputs.horizon", lambda schedule, planned, extensions: longer)
+    monkeypatch.setattr("onward.runs.inputs.horizon_of", lambda stage, planned, extensions: longer)
     onward.run(place / "four.yaml", directory=place / "four")
     model.save_pretrained(place / "theirs")
     comparison = compare_tensors(place / "four/stages/1-only/output", place / "theirs")
