@@ -38,6 +38,7 @@ bench-merge: setup  ## merging a LoRA of rank 64 into 1.5 billion parameters, be
 	$(BIN)/python bench/merge.py
 
 bench-throughput: setup  ## packing, length-sorting and neither, beside Trainer and TRL's SFTTrainer, on real lengths
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(BIN)/python bench/throughput.py
 
 bench-preparation: setup  ## rows a second and memory while a million rows are looked at for the first time

@@ -20,6 +20,10 @@ BENCH = Path(__file__).parent
 LOSS_ON = ("assistant", "all")
 SHAPES = {
     "5M": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "30M": {
+        "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 6,
+        "num_key_value_heads": 6, "tie_word_embeddings": True,
+    },
     "135M": {  # SmolLM2-135M's
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "tie_word_embeddings": True,

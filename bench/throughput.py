@@ -1,6 +1,6 @@
 """Tokens a second with packing, with length-sorting, with neither, beside Trainer and TRL: `make bench-throughput`.
 
-    python bench/throughput.py [--rounds 3] [--steps 25] [--threads 2] [--shape 135M] [--batch-size 32]
+    python bench/throughput.py [--rounds 3] [--steps 12] [--threads 2] [--shape 30M] [--batch-size 32] [--loss-on all]
 
 Real lengths: functions of the standard library and the first lines of their docstrings, none cut that has at most
 --max-length tokens. Each contender trains the same model on the same samples in each step, in a process of its own, in
@@ -86,9 +86,10 @@ def table(folder: Path, loss_on: str, rounds: Sequence[dict[str, Reading]], size
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rounds", type=int, default=3)
-    arguments.add_argument("--steps", type=int, default=25, help=f"optimizer steps, the first {WARM_UP} not timed")
+    arguments.add_argument("--steps", type=int, default=12, help=f"optimizer steps, the first {WARM_UP} not timed")
     arguments.add_argument("--threads", type=int, default=2)
-    arguments.add_argument("--shape", choices=list(material.SHAPES), default="135M")
+    arguments.add_argument("--shape", choices=list(material.SHAPES), default="30M")
+    arguments.add_argument("--loss-on", choices=list(material.LOSS_ON), help="default: one after the other")
     arguments.add_argument("--vocabulary", type=int, default=16384)
     arguments.add_argument("--batch-size", type=int, default=32)
     arguments.add_argument("--max-length", type=int, default=1024)
@@ -103,7 +104,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out:
         folder = Path(out)
         material.build(folder, steps=chosen.steps, threads=chosen.threads, setting=setting)
-        for loss_on in material.LOSS_ON:
+        for loss_on in [chosen.loss_on] if chosen.loss_on else material.LOSS_ON:
             rounds = [turns(folder, loss_on, chosen.threads) for _ in range(chosen.rounds)]
             print(table(folder, loss_on, rounds, setting.micro_batch_size), flush=True)
             print()
