@@ -302,6 +302,22 @@ def test_tiktoken_ids_of_an_imported_model(originals: Path, tmp_path: Path) -> N
             assert ours(text).input_ids == theirs(text), text
 
 
+def test_auto_gptq_s_one_file(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    legacy.qwen(tmp_path / "qwen", quantised=4)
+    assert inspect(tmp_path / "qwen").facts["quantised"]
+    assert convert(tmp_path / "qwen", tmp_path / "usual")
+    (tmp_path / "qwen/model.safetensors").rename(tmp_path / "qwen/gptq_model-4bit-32g.safetensors")
+    assert inspect(tmp_path / "qwen").facts["files"] == ["gptq_model-4bit-32g.safetensors"]
+    convert(tmp_path / "qwen", tmp_path / "one")
+    one, usual = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "usual"))
+    assert one.keys() == usual.keys() and all(torch.equal(one[name], usual[name]) for name in usual)
+    (tmp_path / "qwen/gptq_model-8bit-32g.safetensors").touch()
+    with pytest.raises(OnwardError, match="which of them"):
+        convert(tmp_path / "qwen", tmp_path / "two")
+
+
 def change_config(directory: Path, **changes) -> None:
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | changes))

@@ -7,7 +7,10 @@ from pathlib import Path
 from onward.files import read_json
 from onward.foreign.contents import weights_facts
 from onward.foreign.description import Description
+from onward.foreign.layouts.source import GPTQ
 from onward.foreign.stored import stored_in
+
+TOWERS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")
 
 
 def recognise(path: Path) -> Description | None:
@@ -17,7 +20,7 @@ def recognise(path: Path) -> Description | None:
     config = read_json(path / "config.json")
     if not isinstance(config, dict):
         return None
-    stored = stored_in(path, ("model", "pytorch_model"))
+    stored = stored_in(path, ("model", "pytorch_model", *(file.stem for file in sorted(path.glob(GPTQ)))))
     problems = list(stored.problems)
     is_pickled = any(file.suffix == ".bin" for file in stored.files)
     if not stored.files and not problems:
@@ -28,6 +31,8 @@ def recognise(path: Path) -> Description | None:
         template = '"chat_template"' in (path / "tokenizer_config.json").read_text(errors="replace")
     if "auto_map" in config:
         problems.append("asks for code of its own (auto_map), which onward never runs")
+    if "quantization_config" in config or (path / "quantize_config.json").is_file():
+        problems.append("its weights are quantised already: what was rounded away cannot be trained or merged")
     incomplete = any("incomplete" in problem or "truncated" in problem for problem in problems)
     facts = {
         "model type": config.get("model_type", "not stated"),
@@ -48,11 +53,13 @@ def recognise(path: Path) -> Description | None:
         missing=("an optimizer, a schedule and a position in the data: this is a model, training starts from it",),
         problems=tuple(problems),
         likely_cause="the download or copy was cut short" if incomplete else None,
-        next_command=_next(path, is_pickled=is_pickled) if not problems else None,
+        next_command=None if problems else _next(path, config.get("model_type"), is_pickled=is_pickled),
     )
 
 
-def _next(path: Path, *, is_pickled: bool) -> str:
+def _next(path: Path, kind: object, *, is_pickled: bool) -> str:
+    if kind in TOWERS:
+        return f"onward assemble language_model=LLM vision_tower={path} projector=PROJECTOR --out DIR"
     if is_pickled:  # onward trains from safetensors
         return f"onward import {path} --out DIR"
     return f"write `model: {path}` into a plan, then onward check PLAN"

@@ -41,7 +41,7 @@ def model_shards(model: Path) -> list[Shard]:
         raise InputError(
             f"holds no safetensors weights (neither {SINGLE} nor {INDEX})",
             where=str(model),
-            hint="save the model with save_pretrained(…, safe_serialization=True)",
+            hint=f"weights in .bin files are made safetensors by: onward import {model} --out DIR",
         )
     weight_map = read_weight_map(index)
     names = sorted(set(weight_map.values()))

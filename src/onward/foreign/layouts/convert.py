@@ -20,9 +20,12 @@ from onward.foreign.layouts import layout_of
 from onward.foreign.layouts.gptq import unpacked
 from onward.foreign.layouts.layout import readable
 from onward.foreign.layouts.rules import on_disk
+from onward.foreign.layouts.source import GPTQ
 from onward.foreign.pieces import model_pieces
 from onward.weights.pieces import Piece, Pieces, written
 from onward.weights.sharded import Pending, write_sharded
+from onward.weights.shards import INDEX, SINGLE
+from onward.weights.sidecars import copy_sidecars
 
 PROVENANCE = "onward-import.json"
 HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
@@ -64,18 +67,21 @@ def import_model(source: Path, out: Path, *, shapes_of: Shapes) -> ImportReport:
     """Convert a model directory of a foreign layout into `out`, which appears whole or not at all.
 
     `shapes_of` gives the parameters, by name, of the model that a configuration of ours describes: they are what must
-    be made. InputError for a layout, a configuration or a tensor that cannot be converted exactly, with the reason.
+    be made. A model of transformers' own in `.bin` files becomes the same in safetensors. InputError for a layout, a
+    configuration or a tensor that cannot be converted exactly, with the reason.
     """
     where = str(source / "config.json")
     config = read_json(source / "config.json")
     layout = layout_of(config)
-    if layout is None:
+    if layout is None and (_is_converted(source) or "auto_map" in config or "quantization_config" in config):
         raise InputError(
             "its model_type is no layout that needs conversion, or none that is known",
             where=where,
             hint=f"onward inspect {source} says what it is",
         )
     require_new(out)
+    if layout is None:
+        return _repacked(source, out, config)
     with readable(source):
         target, rules = layout.config(config, source), layout.rules(config)
     theirs, notes = unpacked(model_pieces(source), config, source)
@@ -116,6 +122,28 @@ def import_model(source: Path, out: Path, *, shapes_of: Shapes) -> ImportReport:
         }
         write_json(unfinished / PROVENANCE, provenance)
     return report
+
+
+def _is_converted(source: Path) -> bool:
+    """Has a model of transformers' its weights in safetensors, as onward trains it?"""
+    return any((source / name).exists() for name in (SINGLE, INDEX)) or any(source.glob(GPTQ))
+
+
+def _repacked(source: Path, out: Path, config: Mapping[str, Any]) -> ImportReport:
+    """A model of transformers' whose weights are pickled: the same tensors by the same names, in safetensors."""
+    pieces = model_pieces(source)
+    pending = [
+        Pending(TensorSpec(name, piece.dtype, piece.shape), partial(written, piece, name, piece.dtype))
+        for name, piece in pieces.items()
+    ]
+    size = sum(tensor.spec.nbytes for tensor in pending)
+    require_space(out, size, "the model in safetensors")
+    with committed_directory(out) as unfinished:
+        records = [*write_sharded(unfinished, pending), *copy_sidecars(source, unfinished)]
+    kind = f"{config.get('model_type')}, pickled"
+    return ImportReport(
+        str(source.resolve()), str(out), kind, "safetensors", len(pending), size, {}, (), (), tuple(records)
+    )
 
 
 def require_new(out: Path) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onward.checkpoint.tensorfile import read_tensor
+from onward.checkpoint.tensorfile import read_header, read_tensor
 from onward.errors import DamageError, InputError
 from onward.foreign.pickles import read_state_dict
 from onward.weights.shards import INDEX, SINGLE, model_shards, read_weight_map
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+GPTQ = "gptq_model-*.safetensors"  # AutoGPTQ's one file: gptq_model-4bit-128g.safetensors
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,21 @@ class Stored:
 def open_tensors(model: Path) -> dict[str, Stored]:
     """Every tensor of a model directory, in the order of its files: safetensors, or else `pytorch_model*.bin`.
 
-    InputError where there is neither; DamageError where files and index disagree.
+    Or AutoGPTQ's one file. InputError where there is none; DamageError where files and index disagree.
     """
     if (model / SINGLE).exists() or (model / INDEX).exists():
         return {
             name: Stored(shard.path, entry.dtype, entry.shape, partial(read_tensor, shard.path, entry))
             for shard in model_shards(model)
             for name, entry in shard.entries.items()
+        }
+    if packed := sorted(model.glob(GPTQ)):
+        if len(packed) > 1:
+            raise InputError(f"which of them is it: {', '.join(p.name for p in packed)}?", where=str(model))
+        entries, _ = read_header(packed[0])
+        return {
+            name: Stored(packed[0], entry.dtype, entry.shape, partial(read_tensor, packed[0], entry))
+            for name, entry in entries.items()
         }
     if (model / PICKLE).exists():
         return _pickled(model / PICKLE)
