@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from onward.errors import InputError, PlanError
 from onward.model.directory import open_model_directory
-from onward.model.families import WHOLES
+from onward.model.families import WHOLES, find_family
 from onward.model.load import linear_weights, load_model
 from onward.model.selection import looks_linear, select
 from onward.plan.schema import Stage
-from onward.weights.merge import merge
+from onward.weights.merge import merge, merge_adapters
 
 MIXTURES = ("mixtral", "qwen2_moe", "qwen3_moe")
 # What transformers saves → what a directory of another time has, or the names of today in memory.
@@ -169,6 +169,23 @@ def test_a_parameter_of_no_module_is_refused(models: Path, tmp_path: Path) -> No
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"belong to no module of qwen2-vl, first talker\.weight"):
         open_model_directory(directory)
+
+
+@pytest.mark.parametrize("kind", ["target_modules", "target_parameters"])
+def test_adapters_on_experts_are_not_merged(models: Path, tmp_path: Path, kind: str) -> None:
+    """As old versions of transformers had experts, each by itself, and as PEFT adapts all of a layer's now."""
+    keys = {"target_modules": "mlp.experts.0.up_proj", "target_parameters": "mlp.experts"}
+    tensors = {f"base_model.model.model.layers.0.{keys[kind]}.lora_{half}.weight": torch.ones(2, 2) for half in "AB"}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, kind: ["mlp.experts.gate_up_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"was trained on experts: .* in one tensor"):
+        merge_adapters(
+            [tmp_path],
+            models / "qwen3_moe",
+            tmp_path / "out",
+            to_canonical_for=lambda config: find_family(config, "base").to_canonical,
+        )
 
 
 @pytest.mark.parametrize("kind", MIXTURES)

@@ -96,6 +96,7 @@ def changes_of(adapter: Adapter) -> Changes:
     """Every tensor of an adapter given its part. InputError for a kind of adapter that is not plain LoRA (named), and
     for a tensor that has no part or lacks its twin.
     """
+    _no_experts(adapter)
     check_plain(adapter.config)
     halves: dict[str, dict[str, str]] = {}
     others: dict[str, str] = {}
@@ -118,6 +119,16 @@ def changes_of(adapter: Adapter) -> Changes:
         if ".base_layer." in name:
             raise InputError(f"tensor {key}: the weight under an adapter that is not there", where=ADAPTER_TENSORS)
     return Changes(added, others, keeps_ties=bool(adapter.config.get("ensure_weight_tying")))
+
+
+def _no_experts(adapter: Adapter) -> None:
+    if odd := next((key for key in adapter.tensors if ".experts." in key), None):
+        raise InputError(
+            f"{odd} was trained on experts: transformers holds all experts of a layer in one tensor now, the files "
+            "each by itself, and which of them such an adapter means depends on who wrote it",
+            where=ADAPTER_TENSORS,
+            hint="merge it with the versions of PEFT and transformers that trained it, and go on from what they save",
+        )
 
 
 def _drop_copies(adapter: Adapter, others: dict[str, str]) -> None:
