@@ -47,3 +47,10 @@ def discard(directory: Path, run_id: str) -> None:
     hidden = directory if directory.name.startswith(PARTIAL) else hide(directory, run_id)
     shutil.rmtree(hidden)
     fsync(hidden.parent)
+
+
+def clear_unfinished(final: Path, owner: str) -> None:
+    """Delete what a crash left of an earlier attempt of the same owner's to make `final`."""
+    for path in final.parent.glob(f"{PARTIAL}{final.name}-{owner}-*"):
+        if belongs_to(path, owner):
+            discard(path, owner)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from onward.checkpoint.manifest import MANIFEST, write_file
-from onward.checkpoint.removal import belongs_to, discard
+from onward.checkpoint.removal import clear_unfinished
 from onward.errors import PlanError, Refused
-from onward.files import PARTIAL, committed_directory, digest_file, read_jsonl
+from onward.files import committed_directory, digest_file, read_jsonl
 from onward.plan.changes import (
     Change,
     change_text,
@@ -92,7 +92,7 @@ def fork(
     _require_possible(source, told, accept, weights_only=weights_only)
     starts = {name for name in source.begun if name in lock.starts} | ({source.stage} if weights_only else set())
     resolve(loaded, starts)  # its mistakes, at the places where the user wrote them
-    _clear(new, lock.run_id)
+    clear_unfinished(new, lock.run_id)
     with committed_directory(new, lock.run_id) as partial:
         target = RunDirectory(partial)
         write_file(target.plan, _text(loaded, new, source))
@@ -245,10 +245,3 @@ def _kept(forked: Fork, changes: Sequence[Change]) -> str:
     seed = any(change.key == "seed" for change in changes)
     order = "; the order of the samples and the dropout are other ones from here on" if seed else ""
     return f"weights, optimizer state and place in the data go on at step {forked.step} of stage {forked.stage}{order}"
-
-
-def _clear(new: Path, run_id: str) -> None:
-    """Delete what a crash left of a fork of the same run to the same place."""
-    for path in new.parent.glob(f"{PARTIAL}{new.name}-*"):
-        if belongs_to(path, run_id):
-            discard(path, run_id)

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from onward.checkpoint.manifest import Manifest, write_file, write_manifest
+from onward.checkpoint.removal import clear_unfinished
 from onward.checkpoint.save import Adapter, Snapshot, save_checkpoint
 from onward.checkpoint.tensorfile import read_tensor
 from onward.errors import PlanError, Refused
-from onward.files import committed_directory, digest_file, require_space
+from onward.files import committed_directory, digest_bytes, digest_file, require_space
 from onward.foreign.contents import is_adapter
 from onward.foreign.known import open_training
 from onward.foreign.stored import Lazy
@@ -120,7 +121,8 @@ def import_training(
         differences=list(told),
     )
     lock = lock.model_copy(update={"imported_from": imported})
-    with committed_directory(new, lock.run_id) as partial:
+    clear_unfinished(new, owner := _owner(source))
+    with committed_directory(new, owner) as partial:
         run = RunDirectory(partial)
         write_file(run.plan, loaded.path.read_bytes())
         write_event(run.journal, "imported", attempt=0, plan=[str(loaded.path.resolve())], **imported.model_dump())
@@ -209,6 +211,11 @@ def _digests(source: Path) -> dict[str, str]:
     files = [source] if source.is_file() else sorted(path for path in source.rglob("*") if path.is_file())
     root = source.parent if source.is_file() else source
     return {path.relative_to(root).as_posix(): digest_file(path, "xxh3") for path in files}
+
+
+def _owner(source: Path) -> str:
+    """In the name of what is unfinished: the run's id is drawn anew by each import, its source is the same."""
+    return digest_bytes(str(source.resolve()).encode(), "xxh3").partition(":")[2]
 
 
 def _base(run: RunDirectory, lock: Lock, resolved: Resolved) -> str:
