@@ -233,3 +233,64 @@ stages:
     schedule: {name: cosine, warmup_steps: 2}
     optimizer: {name: adamw, weight_decay: 0}
 """
+
+
+def test_what_a_killed_import_leaves_is_cleared_by_the_next(place, tmp_path, monkeypatch):
+    import os
+
+    from onward.runs import import_training as subject
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(subject, "write_lock", lambda *_: os._exit(9))
+        bring(place, tmp_path)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    (left,) = tmp_path.glob(".partial-*")
+    (tmp_path / f"{left.name.replace('run', 'run-2')}").mkdir()  # of another run's import
+    bring(place, tmp_path)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "run"] == [left.name.replace("run", "run-2")]
+
+
+def test_an_internvl_of_xtuner_s_goes_on(tmp_path):
+    """Its projector and adapters of a language model that needs no conversion, by the names of XTuner's wrapper."""
+    import tiny
+    import tiny_vision
+    from safetensors.torch import load_file
+
+    tiny_vision.vision_model(tmp_path / "model", "internvl")
+    tiny.colour_data(tmp_path / "data.jsonl", rows=ROWS)
+    (tmp_path / "plan.yaml").write_text(PLAN.replace("max_length: 256", "max_length: 1024"))
+    shapes = {name: tensor.shape for name, tensor in load_file(tmp_path / "model/model.safetensors").items()}
+    projector = {"layer_norm": "0", "linear_1": "1", "linear_2": "3"}
+    state = {}
+    for name, shape in shapes.items():
+        *_, layer, kind = name.split(".")
+        if layer in ("q_proj", "down_proj") and "language_model" in name and kind == "weight":
+            inner = "base_model.model.model.layers." + name.partition(".layers.")[2].removesuffix(".weight")
+            state[f"model.language_model.{inner}.lora_A.default.weight"] = torch.randn(4, shape[1])
+            state[f"model.language_model.{inner}.lora_B.default.weight"] = torch.randn(shape[0], 4)
+        elif layer in projector and "projector" in name:
+            state[f"model.mlp1.{projector[layer]}.{kind}"] = torch.randn(shape, dtype=torch.bfloat16)
+    moments = {
+        number: {"step": torch.tensor(6.0), "exp_avg": torch.randn_like(t), "exp_avg_sq": torch.rand_like(t)}
+        for number, t in enumerate(state.values(), start=7)
+    }
+    group = {"lr": 5e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "params": list(range(7 + len(state)))}
+    value = {
+        "meta": {"iter": SAVED, "cfg": CONFIG.replace("LLaVAModel", "InternVL_V1_5")},
+        "state_dict": state,
+        "optimizer": {"state": moments, "param_groups": [group]},
+        "param_schedulers": [{"param_name": "lr", "_last_value": [5e-3]}],
+    }
+    torch.save(value, tmp_path / "iter_6.pth")
+    assert inspect(tmp_path / "iter_6.pth").continues_exactly
+    bring(tmp_path, tmp_path)
+    found = onward.load(tmp_path / "run/stages/1-sft/checkpoints/step-000006")
+    ours = found.weights()
+    for name, number in projector.items():
+        theirs = state[f"model.mlp1.{number}.weight"].float()
+        assert torch.equal(ours[f"model.multi_modal_projector.{name}.weight"], theirs)
+    a = "layers.0.self_attn.q_proj.lora_A"
+    adapter = found.adapter().tensors[f"base_model.model.model.language_model.{a}.weight"]
+    assert torch.equal(adapter, state[f"model.language_model.base_model.model.model.{a}.default.weight"])
+    assert onward.run(tmp_path / "plan.yaml", directory=tmp_path / "run").steps_trained == STEPS - SAVED

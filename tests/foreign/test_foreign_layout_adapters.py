@@ -259,3 +259,32 @@ def test_magnitudes_of_dora_are_split_with_the_rows(tmp_path: Path) -> None:
         logits = expected(input_ids=ids).logits
         for model in (adapted(tmp_path / "new", converted), merged(tmp_path / "new", None, tmp_path / "merged")):
             assert float((model(input_ids=ids).logits - logits).abs().max()) < BOUND
+
+
+@needs_samples
+def test_a_trainer_s_checkpoint_goes_on_by_the_printed_commands(tmp_path: Path) -> None:
+    """Adapters on a fused layer: a stage of its own, from the weights."""
+    found = inspect(SAMPLES / "qwen-7b-lora-ckpt/checkpoint-6")
+    assert "c_attn" in found.missing[0]
+    base = SAMPLES / "qwen-7b-tiny"
+    places = {"BASE": base, "ADAPTER": tmp_path / "adapter", "PLAN": tmp_path / "plan.yaml", "RUN": tmp_path / "run"}
+    assert main(["import", str(base), "--out", str(tmp_path / "model")]) == 0
+    (tmp_path / "data.jsonl").write_text('{"prompt": "Hello", "response": "Yes"}\n' * 4)
+    (tmp_path / "plan.yaml").write_text(GOES_ON)
+    for command in str(found.next_command).partition(" (")[0].split(" && "):
+        words = [str(places.get(word, word)) for word in command.split()]
+        assert words[0] == "onward" and main(words[1:]) == 0
+    assert main(["run", str(tmp_path / "plan.yaml"), "--run", str(tmp_path / "run")]) == 0
+
+
+GOES_ON = """
+model: model
+engine: {threads: 1}
+stages:
+  - name: sft
+    train: {language_model: {mode: lora, rank: 2}}
+    data: data.jsonl
+    steps: 1
+    batch_size: 2
+    max_length: 64
+"""

@@ -82,3 +82,34 @@ def test_the_samples(tmp_path, monkeypatch, sample):
     shutil.copytree(SAMPLES / "bases", tmp_path / "bases")
     found = inspect(SAMPLES / sample / "release")
     assert run_what_is_printed(str(found.next_command), tmp_path / "out") == 0
+
+
+@needs_samples
+def test_xtuner_s_weights_over_the_bases_that_its_configuration_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(SAMPLES / "bases", tmp_path / "bases")
+    for number, sample in enumerate(("xtuner-llava-pth/iter_6.pth", "xtuner-internvl-pth/iter_5.pth")):
+        command = str(inspect(SAMPLES / sample).next_command).partition(" (")[0]
+        assert run_what_is_printed(command, tmp_path / f"out-{number}") == 0
+    command = str(inspect(SAMPLES / "xtuner-llava-pth/plain_state_dict.pth").next_command).partition(" (")[0]
+    command = command.replace("=LLM", "=bases/xtuner-internlm2").replace("=CLIP", "=bases/xtuner-clip")
+    assert "language_model.lora_alpha=ALPHA" in command
+    assert run_what_is_printed(command.replace("ALPHA", "16"), tmp_path / "plain") == 0
+
+
+@needs_samples
+def test_a_vision_tower_alone_and_a_pickled_model(tmp_path, capsys):
+    """What transformers wrote in .bin files is the same in safetensors; a tower is a part."""
+    from safetensors.torch import load_file
+
+    for name in ("xtuner-clip", "xtuner-clip-full"):
+        found = inspect(SAMPLES / "bases" / name)
+        assert str(found.next_command).startswith("onward assemble") and f"vision_tower={SAMPLES}" in found.next_command
+    made.release(tmp_path)
+    tensors = load_file(tmp_path / "llm/model.safetensors")
+    (tmp_path / "llm/model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "llm/pytorch_model.bin")
+    assert run_what_is_printed(str(inspect(tmp_path / "llm").next_command), tmp_path / "out") == 0
+    again = load_file(tmp_path / "out/model.safetensors")
+    assert again.keys() == tensors.keys() and all(torch.equal(again[name], tensors[name]) for name in tensors)
+    assert "onward check" in str(inspect(tmp_path / "out").next_command)

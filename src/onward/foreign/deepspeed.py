@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from onward.errors import DamageError, OnwardError
-from onward.foreign.contents import as_step, fused, weights_facts
+from onward.foreign.contents import as_step, obstacle, weights_facts
 from onward.foreign.description import Description
 from onward.foreign.parts import weights_command
 from onward.foreign.pickle_machine import Global, Stub
@@ -144,7 +144,7 @@ def recognise(path: Path) -> Description | None:
         facts["optimizer"] = f"fp32 masters and moments of {size:,} parameters"
     facts["schedule"] = "yes" if files.model.get("lr_scheduler") or files.model.get("param_schedulers") else "no"
     missing = [] if files.optimizers else ["the optimizer's state"]
-    if split := fused(tensors):
+    if split := obstacle(tensors):
         missing.append(split)
     cause = None
     if any("incomplete" in problem for problem in files.problems):
@@ -153,7 +153,8 @@ def recognise(path: Path) -> Description | None:
         cause = "exclude the optimizer when saving, or only the model's file was copied here"
     next_command = f"onward import {path} --plan PLAN --run RUN"
     if missing:
-        next_command = f"{weights_command(path, tensors) or next_command} (starts a new stage from weights)"
+        cfg = files.model["meta"].get("cfg") if is_xtuner else None
+        next_command = f"{weights_command(path, tensors, cfg) or next_command} (starts a new stage from weights)"
     return Description(
         str(path),
         "training checkpoint, sharded",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onward.errors import InputError
-from onward.foreign.contents import as_step, fused, part_of, weights_facts
+from onward.foreign.contents import as_step, obstacle, part_of, weights_facts
 from onward.foreign.description import Description
 from onward.foreign.parts import weights_command
 from onward.foreign.pickles import LazyTensor, is_pickle, open_pickle
@@ -60,7 +60,7 @@ def describe(path: Path, value: Mapping[str, Any]) -> Description | None:
     if not value.get("param_schedulers") and not missing:
         missing.append("the schedule (param_schedulers)")
         cause = "save_param_scheduler=False in the checkpoint hook"
-    if split := fused(tensors):
+    if split := obstacle(tensors):
         missing.append(split)
     is_pretraining = bool(tensors) and {part_of(name) for name in tensors} == {"projector"}
     if is_pretraining:
@@ -68,7 +68,8 @@ def describe(path: Path, value: Mapping[str, Any]) -> Description | None:
     is_xtuner = "xtuner" in str(meta.get("cfg", "")).lower()
     next_command = f"onward import {path} --plan PLAN --run RUN"
     if missing:
-        next_command = f"{weights_command(path, tensors) or next_command} (starts a new stage from weights)"
+        command = weights_command(path, tensors, meta.get("cfg")) or next_command
+        next_command = f"{command} (starts a new stage from weights)"
     return Description(
         str(path),
         "training checkpoint, one file",

@@ -10,19 +10,25 @@ from onward.foreign.contents import LORA
 from onward.weights.lora import PREFIX
 
 WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")
-XTUNER = {"llm.": "language_model.", "visual_encoder.": "vision_tower."}  # as transformers' LLaVA calls them
+XTUNER = (  # what its wrappers of LLaVA and InternVL have, as transformers' classes call it
+    (re.compile(r"^(llm|model\.language_model(?=\.(?:base_model|model|lm_head)\.))\."), "language_model."),
+    (re.compile(r"^visual_encoder\."), "vision_tower."),
+)
 PROJECTOR = {
     "projector.model.0.": "multi_modal_projector.linear_1.",
     "projector.model.2.": "multi_modal_projector.linear_2.",
+    "model.mlp1.0.": "multi_modal_projector.layer_norm.",
+    "model.mlp1.1.": "multi_modal_projector.linear_1.",
+    "model.mlp1.3.": "multi_modal_projector.linear_2.",
 }
 
 
 def onward_name(name: str, to_canonical: Callable[[str], str], where: str) -> str:
     """The name that onward has for a parameter of the tool's model. InputError for what has no equal in the family."""
     name = WRAPPED.sub("", name)
-    for theirs, transformers_name in XTUNER.items():
-        if name.startswith(theirs):
-            rest = name.removeprefix(theirs)
+    for pattern, transformers_name in XTUNER:
+        if match := pattern.match(name):
+            rest = name[match.end() :]
             inner = rest.removeprefix(PREFIX)
             name = (PREFIX if inner != rest else "") + transformers_name + inner
     for theirs, transformers_name in PROJECTOR.items():

@@ -9,8 +9,9 @@ from typing import Any
 
 from onward.files import read_json
 from onward.foreign import xtuner
-from onward.foreign.contents import weights_facts
+from onward.foreign.contents import is_adapter, weights_facts
 from onward.foreign.description import Description
+from onward.foreign.python_config import parse_config
 from onward.foreign.stored import stored_in
 from onward.weights.shards import PARTS
 
@@ -109,25 +110,34 @@ def _too_deep(config: dict[str, Any]) -> tuple[str, ...]:
     return () if depth == 2 else (f"depth {depth}: {reason}",)
 
 
-def _command(modules: dict[str, Path | str], adapters: dict[str, Path], projector: Path) -> str:
+def _command(modules: dict[str, Path | str], adapters: dict[str, Path], projector: Path, told: str = "") -> str:
     """The `onward assemble` that takes these; what stands nowhere is in capitals."""
     stands_for = {"language_model": "LLM", "vision_tower": "CLIP"}
     words = [f"{module}={modules.get(module, name)}" for module, name in stands_for.items()]
     words.append(f"projector={projector}")
     words += [word for module, path in adapters.items() for word in ("--adapter", f"{module}={path}")]
-    return f"onward assemble {shlex.join(words)} --out DIR"
+    return f"onward assemble {shlex.join(words)}{told} --out DIR"
 
 
-def weights_command(path: Path, names: Iterable[str]) -> str | None:
-    """The command that takes a lone checkpoint of XTuner's as weights; None for names of another tool."""
+def weights_command(path: Path, names: Iterable[str], text: Any = None) -> str | None:
+    """The command that takes a lone checkpoint of XTuner's as weights; None for names of another tool. `text` is its
+    configuration, where it has one: it names the bases, and says by how much adapters count.
+    """
     names = list(names)
     found = xtuner.layout_of(names)
     if found is None:
         return None
+    model = parse_config(text).get("model") if isinstance(text, str) else None
+    settings = xtuner.Settings(model if isinstance(model, dict) else {})
     trained = {xtuner.own_name(name, found[1])[0] for name in names}
     adapters = dict.fromkeys(sorted(trained - {PROJECTOR}), path)
+    scaled = {xtuner.own_name(name, found[1])[0] for name in names if is_adapter(name)}
+    unsaid = [m for m in sorted(scaled) if "lora_alpha" not in (settings.lora(m) or {})]
+    told = "".join(f" --set {module}.lora_alpha=ALPHA" for module in unsaid)
     if found[0] == "llava" and PROJECTOR in trained:
-        return _command({}, adapters, path)
-    words = [f"{PROJECTOR}={path}"] if PROJECTOR in trained else []
+        bases: dict[str, Path | str] = {m: base for m in WHOLES.values() if (base := settings.base(m))}
+        return _command(bases, adapters, path, told)
+    words = ["--base", settings.base("language_model") or "BASE"]
+    words += [f"{PROJECTOR}={path}"] if PROJECTOR in trained else []
     words += [word for module in adapters for word in ("--adapter", f"{module}={path}")]
-    return f"onward assemble --base BASE {shlex.join(words)} --out DIR"
+    return f"onward assemble {shlex.join(words)}{told} --out DIR"

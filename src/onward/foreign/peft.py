@@ -7,10 +7,19 @@ from pathlib import Path
 from onward.files import read_json
 from onward.foreign.contents import weights_facts
 from onward.foreign.description import Description
-from onward.foreign.layouts import are_foreign
+from onward.foreign.layouts import is_foreign
 from onward.foreign.stored import stored_in
 
 CONFIG = "adapter_config.json"
+
+
+def adapter_command(path: Path, base: str) -> str:
+    """What takes an adapter of a layout that is converted, from what it was trained on to a stage of its own."""
+    known = base if Path(base).is_dir() and base else "BASE"
+    return (
+        f"onward import {path} --base {known} --out ADAPTER && onward import ADAPTER --plan PLAN --run RUN "
+        f"(starts a new stage from weights; the plan's model: what onward import {known} --out DIR makes)"
+    )
 
 
 def recognise(path: Path) -> Description | None:
@@ -24,7 +33,7 @@ def recognise(path: Path) -> Description | None:
     entries, problems = stored.tensors, list(stored.problems)
     if not stored.files and not problems:
         problems.append("its weights (adapter_model.safetensors or .bin) are missing: a configuration alone")
-    foreign = are_foreign(entries)
+    foreign = any(map(is_foreign, entries))
     base = str(config.get("base_model_name_or_path") or "")
     facts = {
         "method": str(config.get("peft_type", "not stated")),

@@ -16,8 +16,9 @@ from typing import Any
 from onward.errors import DamageError, OnwardError
 from onward.files import read_json
 from onward.foreign import deepspeed, zero
-from onward.foreign.contents import as_step, fused, weights_facts
+from onward.foreign.contents import as_step, obstacle, weights_facts
 from onward.foreign.description import Description
+from onward.foreign.peft import adapter_command
 from onward.foreign.pickle_machine import Stub
 from onward.foreign.pickles import open_pickle
 from onward.foreign.stored import Stored, stored_in
@@ -109,12 +110,14 @@ def recognise(path: Path) -> Description | None:
     facts |= weights_facts(files.weights.tensors)
     facts |= _training(files)
     missing, cause = _missing(files)
-    split = fused(files.weights.tensors)
+    split = obstacle(files.weights.tensors)
     weights_there = bool(files.weights.tensors) or files.deepspeed is not None
     next_command = f"onward import {path} --plan PLAN --run RUN" if weights_there and not files.problems else None
     if next_command and split:
         missing.append(split)
-        next_command = f"onward import {path} --base BASE --out DIR (an adapter of what the base becomes, for a merge)"
+        next_command = f"onward import {path} --out DIR (starts a new stage from weights)"
+        if files.adapter:
+            next_command = adapter_command(path, str(files.adapter.get("base_model_name_or_path") or ""))
     elif next_command and missing:
         next_command += " (starts a new stage from weights)"
     return Description(

@@ -9,7 +9,7 @@ from typing import Any
 
 from onward.checkpoint.save import Adapter
 from onward.errors import InputError, Refused
-from onward.foreign.contents import fused, is_adapter, part_of
+from onward.foreign.contents import LORA, is_adapter, obstacle, part_of
 from onward.foreign.names import onward_name
 from onward.foreign.stored import Lazy
 from onward.foreign.training import ForeignTraining
@@ -62,12 +62,13 @@ def match(
     """
     if optimizer != "adamw":
         raise _otherwise(f"the source trained with AdamW, the plan's optimizer is {optimizer}", 1, where)
-    if split := fused(training.weights):
-        raise Refused(
-            f"cannot go on exactly without {split}", where=where, hint=f"onward inspect {where} says what can"
-        )
     names = named(training, model, where)
     shapes = {name: entry.shape for name, entry in model.parameters().items()}
+    placeless = [theirs for ours, theirs in names.items() if _adapted(ours) not in shapes]
+    if reason := obstacle(placeless):
+        raise Refused(
+            f"cannot go on exactly without {reason}", where=where, hint=f"onward inspect {where} says what can"
+        )
     trained = [name for group in selection.groups for name in group.parameters]
     for layer in selection.lora:
         rows, columns = shapes[f"{layer.layer}.weight"]
@@ -88,6 +89,11 @@ def match(
     state, decays = _state(training, names, trained, order, where)
     frozen = {name: tensor for name, tensor in by_ours.items() if name not in set(trained)}
     return Matched({name: by_ours[name] for name in trained}, state, frozen, decays)
+
+
+def _adapted(name: str) -> str:
+    """The parameter that a tensor is, or adapts."""
+    return LORA.sub(".weight", name.removeprefix(PEFT_PREFIX))
 
 
 def _otherwise(what: str, count: int, where: str) -> Refused:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from onward.foreign.layouts.internlm2 import INTERNLM2
@@ -12,13 +12,13 @@ from onward.foreign.layouts.layout import Layout
 from onward.foreign.layouts.qwen import QWEN
 from onward.foreign.layouts.qwen_vl import QWEN_VL
 
-__all__ = ["Layout", "are_foreign", "layout_of"]
+__all__ = ["Layout", "is_foreign", "layout_of"]
 
 THEIRS = (
-    r"\.attention\.wqkv\.|\.feed_forward\.w[123]\.|\.transformer\.h\.\d+\.mlp\.w[12]\."
-    r"|vision_model\.encoder\.layers\.\d+\.attn\.qkv\."
+    r"\.attention\.wqkv\.|\.feed_forward\.w[123]\.|(?:^|\.)transformer\.h\.\d+\.mlp\.w[12]\."
+    r"|vision_model\.encoder\.layers\.\d+\.attn\.qkv\.|^model\.vision_model\."
 )
-"""Layers that only these layouts have."""
+"""Layers that only these layouts have; the last as XTuner wraps InternVL."""
 
 
 def layout_of(config: Mapping[str, Any]) -> Layout | None:
@@ -33,6 +33,6 @@ def layout_of(config: Mapping[str, Any]) -> Layout | None:
     return None
 
 
-def are_foreign(adapted: Iterable[str]) -> bool:
-    """Are these names of an adapter's tensors those of a foreign layout's layers?"""
-    return any(re.search(THEIRS, name) for name in adapted)
+def is_foreign(name: str) -> bool:
+    """Is this the name of a foreign layout's layer, or of what adapts it?"""
+    return re.search(THEIRS, name) is not None
