@@ -69,6 +69,37 @@ def test_peft_loads_a_checkpoint_as_it_is_and_merges_to_the_same_bits(run: Path)
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(run.parent / "model").chat_template
 
 
+def test_peft_loads_a_checkpoint_with_dora(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits are those of the model that trained, to the last bit."""
+    from peft import PeftModel
+
+    from onward.runs import handon
+
+    result_of, live = handon.result_of, []
+
+    def watched(session, stage):
+        live.append(logits(stage.training.trainable.model))
+        return result_of(session, stage)
+
+    monkeypatch.setattr(handon, "result_of", watched)
+    plan = PLAN
+    for last in ("dropout: 0.1", "alpha: 8"):
+        plan = plan.replace(f"{last}}}", f"{last}, use_dora: true}}")
+    for name in ("model", "data.jsonl"):
+        (tmp_path / name).symlink_to(run.parent / name)
+    (tmp_path / "plan.yaml").write_text(plan)
+    onward.run(tmp_path / "plan.yaml", directory=tmp_path / "run")
+    (checkpoint,) = (tmp_path / "run/stages/1-only/checkpoints").iterdir()
+    adapted = PeftModel.from_pretrained(base(run), str(checkpoint))
+    magnitudes = {name: p for name, p in adapted.named_parameters() if "lora_magnitude_vector" in name}
+    assert len(magnitudes) == 14
+    lengths = {name: p.norm(dim=1) for name, p in base(run).named_parameters() if name.endswith("_proj.weight")}
+    for name, magnitude in magnitudes.items():  # they have learnt, so leaving them out would show
+        layer = name.removeprefix("base_model.model.").partition(".lora_magnitude")[0]
+        assert not torch.allclose(magnitude, lengths[f"{layer}.weight"], atol=1e-4)
+    assert torch.equal(logits(adapted), live[0])
+
+
 def test_a_llava_output_is_complete(tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -224,6 +224,18 @@ def test_other_held_out_data_is_acceptable_and_follows_from_a_plan_that_names_ot
     assert judge(fingerprint_changes({"data": {"sft": "1"}}, {"data": {"sft": "2"}}), ["content"]).tier == "refused"
 
 
+def test_another_file_of_an_augment_function_is_acceptable_and_another_function_is_of_the_plan(changed):
+    prints = {"augment": {"sft": {"a:f": "1"}}}, {"augment": {"sft": {"a:f": "2"}}}
+    content = fingerprint_changes(*prints, OLD_BEGUN)
+    assert [(c.key, c.kind) for c in content] == [("content.augment.sft", "acceptable")]
+    assert judge(content).tier == "refused" and judge(content, ["content"]).tier == "declared"
+    assert [c.kind for c in fingerprint_changes(*prints, ["align"])] == ["forward"]
+    said = judge([*changed("stages.sft.data.0.augment='a:g'"), *content])
+    assert [change.key for change in said.refused] == ["stages.sft.data.0.augment"]
+    moved = judge([*changed("stages.sft.data.0.path=i.jsonl"), *content])
+    assert [change.key for change in moved.refused] == ["content.augment.sft"]
+
+
 def branch(plan: Plan | None = None, stage: str | None = "sft", step: int | None = 200, extensible: bool = True):
     return Branch("runs/plan", "runs/plan-2", plan or Plan.model_construct(stages=()), stage, step, extensible)
 

@@ -117,6 +117,15 @@ def test_another_source_of_a_metric_is_another_metric(stopped, tmp_path, monkeyp
     assert wrong.status == 2 and "my_score:shorter is not found" in wrong.err and "defaults.evaluate" in wrong.err
 
 
+def test_evaluations_are_shown_beside_the_untrained_model(stopped):
+    import re
+
+    _, _, said = stopped
+    assert re.search(r"^stage learn, step 0: held-out loss [\d.]+$", said.out, re.MULTILINE)
+    (baseline,) = re.findall(r"step 0: held-out loss ([\d.]+)$", said.out, re.MULTILINE)
+    assert len(re.findall(rf"step [48]: held-out loss [\d.]+ \({baseline} before training\)$", said.out, re.M)) == 2
+
+
 def with_measure(change):
     """A patch: `change(measure, model, *arguments)` is called in place of what measures a model."""
 

@@ -222,7 +222,7 @@ def cost(change: Change) -> Cost:
     match change.key.split("."):
         case ["content", "data" | "encoding", _]:
             return "place"
-        case ["content", "evaluation" | "optimizer", _]:
+        case ["content", "evaluation" | "optimizer" | "augment", _]:
             return "nothing"
         case ["content", *_] | ["stages"]:
             return "everything"
@@ -248,7 +248,7 @@ def fingerprint_changes(
     old: Mapping[str, Any], new: Mapping[str, Any], begun: Collection[str] | None = None
 ) -> list[Change]:
     """Content that is no longer the same: breaking changes `content.model`, `content.data.STAGE`, …; what a stage is
-    only measured on (`content.evaluation.STAGE`) is acceptable, so is other code of the user's optimizer.
+    only measured on (`content.evaluation.STAGE`) is acceptable, so is other code of the user's optimizer or augment.
 
     Two levels: a mapping under a name is by stage. With `begun`, other stages' content is `forward`.
     """
@@ -261,7 +261,7 @@ def fingerprint_changes(
                 if before.get(stage) != after.get(stage):
                     is_ahead = begun is not None and stage not in begun
                     declared: tuple[Kind, Tier] = ("acceptable", "declared")
-                    is_declared = name in ("evaluation", "optimizer")
+                    is_declared = name in ("evaluation", "optimizer", "augment")
                     kind, holds = FORWARD if is_ahead else declared if is_declared else BREAKING
                     key = f"content.{name}.{stage}"
                     changes.append(Change(key, before.get(stage), after.get(stage), kind, stage, holds))
@@ -436,6 +436,9 @@ def _follows(change: Change, other: Change) -> bool:
         measured = f"stages.{change.stage}.evaluate"
         is_of_data = other.key == measured or other.key.startswith(f"{measured}.data")
         return is_of_data and other.kind == "acceptable"
+    if change.key.startswith("content.augment."):
+        data = f"stages.{change.stage}.data"
+        return other.key == data or (other.key.startswith(f"{data}.") and other.key.endswith(".augment"))
     return ENVIRONMENT_BY_PLAN.get(change.key) == other.key
 
 

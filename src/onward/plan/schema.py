@@ -145,7 +145,9 @@ class Source(Strict):
         description="instead of repeat, in a stage whose length is in steps: its share of the samples, of all weights",
     )
     augment: str | None = Field(
-        None, description="module:function of yours, called with (sample, random.Random), returning the sample"
+        None,
+        description="module:function of yours, called with (sample, random.Random), returning the sample; the lock "
+        "holds the digest of its file",
     )
     fingerprint: Literal["listing", "full"] = Field(
         "listing", description="what the lock holds of its images: names and sizes, or every byte"

@@ -115,8 +115,8 @@ def _content_changes(lock: Lock, content: Content, begun: Collection[str]) -> It
     odd = ", ".join(name for name in files if lock.files.get(name) != content.files.get(name))
     for change in fingerprint_changes(lock.fingerprints, content.fingerprints, begun):
         is_data = change.key.startswith(("content.data.", "content.evaluation."))
-        if change.key.startswith("content.optimizer."):
-            yield replace(change, why="the file that defines the optimizer")
+        if change.key.startswith(("content.optimizer.", "content.augment.")):
+            yield replace(change, why="the file that defines it")
             continue
         yield replace(change, why=odd or ("its images, or which rows are used" if is_data else ""))
 

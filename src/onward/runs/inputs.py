@@ -15,7 +15,7 @@ from onward.model.parts import part_files
 from onward.plan.functions import source_digest
 from onward.plan.load import LoadedPlan
 from onward.plan.lock import Extension, Lock, extensions_of
-from onward.plan.schema import Evaluate
+from onward.plan.schema import Evaluate, Stage
 from onward.runs.resolve import Resolved, ResolvedStage, parts_of
 from onward.train.schedule import Horizon, horizon_of
 from onward.weights.sidecars import sidecars
@@ -172,6 +172,7 @@ def content_of(resolved: Resolved, inputs: Mapping[str, StageInputs]) -> Content
             if stage.evaluate and (data := inputs[stage.name].evaluation)
         },
         "optimizer": {s.name: source_digest(s.optimizer.name) for s in plan.stages if s.optimizer.is_own},
+        "augment": {s.name: augments for s in plan.stages if (augments := _augment_prints(s))},
     }
     return Content(fingerprints, files)
 
@@ -180,6 +181,11 @@ def _evaluation_print(plan: Evaluate, data: StageData) -> str:
     """What a stage is measured on, and the functions of the user's by which."""
     sources = {metric: source_digest(metric) for metric in plan.metrics if ":" in metric}
     return digest_bytes(canonical_json([data.fingerprint, sources])) if sources else data.fingerprint
+
+
+def _augment_prints(stage: Stage) -> dict[str, str]:
+    """Each function that changes samples, and the digest of what it is written in."""
+    return {source.augment: source_digest(source.augment) for source in stage.data if source.augment}
 
 
 def _named(loaded: LoadedPlan, source: str, contents: Mapping[Path, str]) -> dict[str, str]:

@@ -49,6 +49,12 @@ class Measurements:
             yield f"{metric:<{width}}  {shown}"
 
 
+def beside(values: Mapping[str, float], baseline: Mapping[str, float]) -> str:
+    """`exact_match 0.8056 (0.0000 before training), loss 0.0453 (6.6030 before training)`."""
+    before = {name: f" ({value:.4f} before training)" for name, value in baseline.items()}
+    return ", ".join(f"{name} {value:.4f}{before.get(name, '')}" for name, value in values.items())
+
+
 def evaluation_key(lock: Lock, stage: str) -> str:
     """What a stage is measured on, and how: two stages with the same key can be compared."""
     evaluate = next(plan["evaluate"] for plan in lock.plan["stages"] if plan["name"] == stage)

@@ -60,8 +60,8 @@ def _compare_replay(session: Session, before: dict[str, Any], again: dict[str, A
             f"step {again['step']} of stage {again['stage']} was trained before, and now differs in {', '.join(odd)}",
             where=str(session.directory.metrics),
             hint=f"before: {_only(before, odd)}\n  now:    {_only(again, odd)}\n"
-            "  Something here is not deterministic; or what no lock holds was changed (an augment function; an image\n"
-            "  of the same size, unless its source says fingerprint: full); or that row was altered:\n"
+            "  Something here is not deterministic; or what no lock holds was changed (what your functions\n"
+            "  import; an image of the same size, unless its source says fingerprint: full); or that row was altered:\n"
             f"  onward verify {session.directory.path} reads them all.\n"
             "  The last checkpoint is untouched: undo the change and run again; or go on with what comes out now, as\n"
             "  state-exact, with deterministic=false --accept deterministic",

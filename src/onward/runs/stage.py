@@ -15,6 +15,7 @@ from onward.model.directory import open_model_directory
 from onward.model.recompute import recomputes
 from onward.plan.schema import Stage
 from onward.runs.journal import write_event
+from onward.runs.measured import beside, told_of
 from onward.runs.micro_batch import UNMEASURED, halve, measure, no_room
 from onward.runs.outputs import Start, carried_from
 from onward.runs.replay import recorder
@@ -221,13 +222,14 @@ def train_stage(session: Session, live: LiveStage) -> int:
     keep = session.resolved.loaded.plan.checkpoint
     evaluate = stage.evaluate
     record = recorder(session, stage.name, training.progress.step)
+    baseline = told_of(session, stage.name).baseline if evaluate else None
 
     def record_and_report(row: dict[str, Any]) -> None:
         record(row)
         report_failure(session, live)
 
     def evaluation(step: int) -> dict[str, float]:
-        return _evaluate(session, live)
+        return _evaluate(session, live, baseline)
 
     def evaluate_at(step: int) -> bool:
         return evaluate is not None and (step in ends or (evaluate.every is not None and step % evaluate.every == 0))
@@ -257,7 +259,9 @@ def train_stage(session: Session, live: LiveStage) -> int:
     first = training.progress.step
     try:
         if evaluate is not None and first == 0:
-            record({"stage": stage.name, "step": 0, "evaluation": evaluation(0)})
+            values = evaluation(0)
+            record({"stage": stage.name, "step": 0, "evaluation": values})
+            baseline = baseline or values
         while True:
             try:
                 train(training, live.engine, batches(), duties)
@@ -289,8 +293,8 @@ def _count_improvement(live: LiveStage, metric: str, value: float) -> None:
     progress.not_improved = 0 if improves else progress.not_improved + 1
 
 
-def _evaluate(session: Session, live: LiveStage) -> dict[str, float]:
-    """Measure the live model; remember which steps were best by the first metric."""
+def _evaluate(session: Session, live: LiveStage, baseline: Mapping[str, float] | None) -> dict[str, float]:
+    """Measure the live model; remember which steps were best by the first metric. `baseline` is shown beside."""
     from onward.evaluate.measure import best_of, measure
 
     plan = live.plan.evaluate
@@ -311,6 +315,5 @@ def _evaluate(session: Session, live: LiveStage) -> dict[str, float]:
         now = {"metric": metric, "value": values[metric], "step": progress.step}
         kept = session.resolved.loaded.plan.checkpoint.keep.best
         progress.best = best_of([*progress.best, now], metric, max(1, kept))
-    shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-    session.view.note(f"stage {live.plan.name}, step {progress.step}: held-out {shown}")
+    session.view.note(f"stage {live.plan.name}, step {progress.step}: held-out {beside(values, baseline or {})}")
     return values
