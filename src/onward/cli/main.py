@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import errno
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that spin while they wait slow each other down several times as soon as a core has other work to do;
     # on an idle machine sleeping costs a few per cent. Read by OpenMP when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it warns of kernels not used here
     try:
         status = _command(words)
         sys.stdout.flush()

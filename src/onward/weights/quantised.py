@@ -7,7 +7,6 @@ same bits wherever an adapter is trained or merged.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -99,7 +98,6 @@ def dequantised(weight: torch.Tensor, how: Quantisation) -> torch.Tensor:
 
 
 def _functional() -> Any:
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that are not used here
     try:
         import bitsandbytes.functional
     except ImportError as error:
