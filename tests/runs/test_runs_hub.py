@@ -87,7 +87,7 @@ def test_the_cache_is_enough(model: Path, tmp_path: Path, how: dict[str, str]) -
 def test_without_a_network_the_error_comes_at_once(tmp_path: Path, how: dict[str, str], said: str) -> None:
     told = found(tmp_path, how)
     assert said in told and "a/b is no directory here" in told and "hf download a/b --local-dir DIR" in told
-    assert float(told.split()[-1]) < 1.0
+    assert float(told.split()[-1]) < 3  # on a busy machine; the probe itself waits 0.8 s at most
 
 
 def found(tmp_path: Path, how: dict[str, str]) -> str:
@@ -122,5 +122,5 @@ def test_a_modelscope_package_that_fails_is_told(tmp_path: Path, monkeypatch) ->
         began = time.monotonic()
         with pytest.raises(PlanError, match=r"does not give it \(OSError: 404: a/b\)"):
             hub_directory("modelscope:a/b", "plan.yaml:2: model")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 3
     sys.modules.pop("modelscope", None)
