@@ -50,7 +50,7 @@ def save(directory: Path, tensors: dict, config: dict, *, dtype="float32", shard
     import torch
     from safetensors.torch import save_file
 
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)  # a tokenizer may lie there
     (directory / "config.json").write_text(json.dumps(config))
     names = list(tensors)
     stem, ending = ("pytorch_model", "bin") if pickled else ("model", "safetensors")
@@ -233,13 +233,7 @@ def qwen_vl(
     if quantised:
         tensors = pack(native, tensors, quantised, prefix="model.language_model.")
         given["quantization_config"] = {"quant_method": "gptq", "bits": quantised, "group_size": 32, "sym": True}
-    files = {path.name: path.read_bytes() for path in directory.iterdir()}
-    for path in directory.iterdir():
-        path.unlink()
-    directory.rmdir()
     save(directory, tensors, given, dtype=dtype, shards=shards, pickled=pickled)
-    for name, content in files.items():
-        (directory / name).write_bytes(content)
     return native
 
 
@@ -394,13 +388,7 @@ def internvl(
         },
         **dict(theirs),
     }  # fmt: skip
-    files = {path.name: path.read_bytes() for path in directory.iterdir()}
-    for path in directory.iterdir():
-        path.unlink()
-    directory.rmdir()
     save(directory, tensors, given, dtype=dtype, shards=shards, pickled=pickled)
-    for name, content in files.items():
-        (directory / name).write_bytes(content)
     return native
 
 

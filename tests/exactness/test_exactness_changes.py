@@ -13,7 +13,7 @@ from harness import KILLED, Killer, assert_identical, in_child, reopen_here, sta
 
 from onward.cli.main import main
 from onward.files import read_jsonl
-from onward.plan.changes import TABLE
+from onward.plan.table import TABLE
 
 
 def content(directory: Path) -> dict[str, bytes]:

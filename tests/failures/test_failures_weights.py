@@ -16,7 +16,7 @@ from onward.errors import DamageError, TrainingError
 from onward.files import read_jsonl
 from onward.model.selection import Group
 from onward.model.trainable import Trainable, restore
-from onward.plan.schema import Optimizer
+from onward.plan.learning import Optimizer
 from onward.train.monitor import check_learning
 from onward.train.optimizer import make_optimizer, optimizer_state, restore_optimizer
 from onward.train.progress import Progress

@@ -172,9 +172,9 @@ def test_peft_and_merge_agree_on_the_result(tmp_path: Path) -> None:
 def test_the_qlora_sample_over_the_very_weights_that_it_was_trained_on(tmp_path: Path) -> None:
     sample, base = SAMPLES / "qwen-vl-qlora-ckpt", tmp_path / "theirs"
     shutil.copytree(SAMPLES / "qwen-vl-tiny", base, ignore=shutil.ignore_patterns("*.bin*", "probe*"))
-    from onward.foreign.layouts.source import open_tensors
+    from onward.foreign.pieces import model_pieces
 
-    whole = {name: stored.read().float() for name, stored in open_tensors(SAMPLES / "qwen-vl-tiny").items()}
+    whole = {name: stored.read().float() for name, stored in model_pieces(SAMPLES / "qwen-vl-tiny").items()}
     dequantised = load_file(sample / "nf4_dequantized_linear.safetensors")
     assert dequantised.keys() <= whole.keys()
     save_file({**whole, **dequantised}, base / "model.safetensors")

@@ -10,7 +10,6 @@ from pydantic import BaseModel
 
 from onward.errors import PlanError, Refused
 from onward.plan.changes import (
-    TABLE,
     Branch,
     Change,
     cost,
@@ -23,6 +22,7 @@ from onward.plan.changes import (
 )
 from onward.plan.load import load_plan
 from onward.plan.schema import Plan
+from onward.plan.table import TABLE
 
 PLAN = """\
 model: m

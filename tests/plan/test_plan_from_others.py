@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from onward.plan import suggest
-from onward.plan.schema import PlanFile, Stage, Train
+from onward.plan.learning import Train
+from onward.plan.schema import PlanFile, Stage
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ("from-xtuner.md", "from-trainer.md")

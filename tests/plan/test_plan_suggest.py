@@ -3,7 +3,8 @@
 import pytest
 
 from onward.plan import suggest
-from onward.plan.schema import Optimizer, Plan, PlanFile, Schedule, Shared, Source, Stage, Train
+from onward.plan.learning import Optimizer, Schedule, Train
+from onward.plan.schema import Plan, PlanFile, Shared, Source, Stage
 from onward.plan.wording import fragment
 
 LEVELS = {

@@ -12,7 +12,7 @@ from onward.checkpoint.read import open_checkpoint
 from onward.checkpoint.save import Snapshot, save_checkpoint
 from onward.errors import DamageError, PlanError, TrainingError
 from onward.model.selection import Group
-from onward.plan.schema import Optimizer
+from onward.plan.learning import Optimizer
 from onward.train.optimizer import (
     make_optimizer,
     optimizer_state,

@@ -6,8 +6,9 @@ import transformers
 from pydantic import ValidationError
 
 from onward.errors import PlanError
+from onward.plan.learning import Schedule, Train
 from onward.plan.lock import Extension
-from onward.plan.schema import Schedule, Source, Stage, Train
+from onward.plan.schema import Source, Stage
 from onward.train.schedule import horizon, horizon_of
 
 

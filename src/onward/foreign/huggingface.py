@@ -7,7 +7,7 @@ from pathlib import Path
 from onward.files import read_json
 from onward.foreign.contents import weights_facts
 from onward.foreign.description import Description
-from onward.foreign.layouts.source import GPTQ
+from onward.foreign.pieces import GPTQ
 from onward.foreign.stored import stored_in
 
 TOWERS = ("clip", "clip_vision_model", "siglip", "siglip_vision_model")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +10,27 @@ from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS, Adapter
 from onward.checkpoint.tensorfile import read_header
 from onward.errors import DamageError, InputError, PlanError
 from onward.files import read_json
-from onward.foreign.layouts.source import PICKLE, PICKLE_INDEX, open_tensors
-from onward.foreign.pickles import LazyTensor, is_pickle, read_state_dict
+from onward.foreign.pickles import is_pickle, read_state_dict
 from onward.foreign.stored import Lazy
 from onward.weights.lora import open_adapter
-from onward.weights.pieces import Piece, stored_pieces
-from onward.weights.shards import INDEX, SINGLE, Shard
+from onward.weights.pieces import Piece, Pieces, stored_pieces
+from onward.weights.shards import INDEX, SINGLE, Shard, model_shards, read_weight_map
 
 ADAPTER_BIN = "adapter_model.bin"
+PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+GPTQ = "gptq_model-*.safetensors"  # AutoGPTQ's one file: gptq_model-4bit-128g.safetensors
 
 
-class LazyTensors(Mapping[str, Any]):
-    """Tensors of a pickle by name, each read when it is asked for."""
+class WhenAsked(Mapping[str, Any]):
+    """Tensors by name, each read when it is asked for."""
 
-    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Lazy] | Pieces) -> None:
         self._tensors = tensors
 
     def __getitem__(self, name: str) -> Any:
         return self._tensors[name].read()
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
     def __len__(self) -> int:
@@ -45,12 +46,33 @@ def has_weights(directory: Path) -> bool:
     return any((directory / name).exists() for name in (SINGLE, INDEX, PICKLE, PICKLE_INDEX))
 
 
-def model_pieces(directory: Path) -> dict[str, Piece]:
-    """Every tensor of a model directory, in the order of its files."""
-    return {
-        name: Piece(stored.dtype, stored.shape, str(stored.file), stored.read)
-        for name, stored in open_tensors(directory).items()
-    }
+def model_pieces(model: Path) -> dict[str, Piece]:
+    """Every tensor of a model directory, in the order of its files: safetensors, or else `pytorch_model*.bin`.
+
+    Or AutoGPTQ's one file. InputError where there is none; DamageError where files and index disagree.
+    """
+    if (model / SINGLE).exists() or (model / INDEX).exists():
+        return stored_pieces(model_shards(model))
+    if packed := sorted(model.glob(GPTQ)):
+        if len(packed) > 1:
+            raise InputError(f"which of them is it: {', '.join(p.name for p in packed)}?", where=str(model))
+        return file_pieces(packed[0])
+    if (model / PICKLE).exists():
+        return lazy_pieces(read_state_dict(model / PICKLE), model / PICKLE)
+    if not (model / PICKLE_INDEX).exists():
+        raise InputError(f"holds no weights (neither {SINGLE}, {PICKLE} nor an index of shards)", where=str(model))
+    index = read_weight_map(model / PICKLE_INDEX)
+    tensors: dict[str, Piece] = {}
+    for file in sorted(set(index.values())):
+        if not (model / file).exists():
+            raise DamageError(f"missing, though {PICKLE_INDEX} names it", where=str(model / file))
+        for name, tensor in lazy_pieces(read_state_dict(model / file), model / file).items():
+            if index.get(name) != file:
+                raise DamageError(f"tensor {name} is not where {PICKLE_INDEX} says", where=str(model / file))
+            tensors[name] = tensor
+    if missing := sorted(index.keys() - tensors.keys()):
+        raise DamageError(f"tensor {missing[0]} is missing", where=str(model / index[missing[0]]))
+    return tensors
 
 
 def file_pieces(path: Path) -> dict[str, Piece]:
@@ -70,5 +92,5 @@ def any_adapter(directory: Path) -> Adapter:
     if (directory / ADAPTER_TENSORS).exists():
         return open_adapter(directory)
     if (directory / ADAPTER_BIN).exists():
-        return Adapter(config, LazyTensors(read_state_dict(directory / ADAPTER_BIN)))
+        return Adapter(config, WhenAsked(read_state_dict(directory / ADAPTER_BIN)))
     raise DamageError(f"has neither {ADAPTER_TENSORS} nor {ADAPTER_BIN}", where=str(directory))

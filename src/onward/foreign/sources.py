@@ -15,7 +15,7 @@ from onward.files import read_json
 from onward.foreign import deepspeed, llava, xtuner
 from onward.foreign.known import open_training
 from onward.foreign.pickles import LazyTensor, is_pickle, open_pickle, state_dict_of
-from onward.foreign.pieces import any_adapter, file_pieces, has_weights, lazy_pieces, model_pieces
+from onward.foreign.pieces import WhenAsked, any_adapter, file_pieces, has_weights, lazy_pieces, model_pieces
 from onward.weights.pieces import Piece, Pieces, renamed, with_adapter, with_replacements
 
 
@@ -145,20 +145,4 @@ def _adapter(source: Source, module: str, lora: Pieces, given: Mapping[str, Any]
     }
     base = source.settings.base(module) if source.settings else None
     config = xtuner.lora_config({**(stated or {}), **given}, ranks, base)
-    return Adapter(config, _Read(lora))
-
-
-class _Read(Mapping[str, Any]):
-    """Pieces as tensors, each read when it is asked for."""
-
-    def __init__(self, pieces: Pieces) -> None:
-        self._pieces = pieces
-
-    def __getitem__(self, name: str) -> Any:
-        return self._pieces[name].read()
-
-    def __iter__(self) -> Any:
-        return iter(self._pieces)
-
-    def __len__(self) -> int:
-        return len(self._pieces)
+    return Adapter(config, WhenAsked(lora))

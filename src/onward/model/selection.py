@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from onward.errors import PlanError
 from onward.model.families import WHOLES, Family
-from onward.plan.schema import Stage, Train
+from onward.plan.learning import Train
+from onward.plan.schema import Stage
 from onward.weights.lora import for_layer, matches
 from onward.weights.quantised import Quantisation
 

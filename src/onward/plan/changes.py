@@ -1,4 +1,4 @@
-"""What a change means for a run that exists: the table of the plan's keys, and the judgement over what changed.
+"""What a change means for a run that exists: the judgement over what changed, by the table in plan/table.py.
 
 | kind | what happens |
 |---|---|
@@ -20,143 +20,11 @@ from onward.errors import PlanError, Refused
 from onward.plan.lock import Kind, plan_values
 from onward.plan.schema import Plan
 from onward.plan.suggest import closest
+from onward.plan.table import BREAKING, ENVIRONMENT_BY_PLAN, FORWARD, TABLE, TIERS, Tier
 
-Tier = Literal["bitwise", "state-exact", "declared", "refused"]
-TIERS: tuple[Tier, ...] = ("bitwise", "state-exact", "declared", "refused")
 # What a fork gives up: nothing; its place in data and schedule; the optimizer's state too; everything, as a new run.
 Cost = Literal["nothing", "place", "optimizer", "everything"]
 COSTS: tuple[Cost, ...] = ("nothing", "place", "optimizer", "everything")
-FORWARD: tuple[Kind, Tier] = ("forward", "bitwise")
-BREAKING: tuple[Kind, Tier] = ("breaking", "refused")
-
-# Key → (kind, the tier that still holds once it is applied). `*` stands for one stage, module or list index.
-# Paths and a model's parts are free because content decides: `fingerprint_changes` compares what stands there and how
-# its rows are read (so formats, columns and the chat template are free too); rows that were only added
-# are a change like any other (docs/architecture.md says why). The engine's device and
-# threads are free because the environment decides: `environment_changes` compares what is really used.
-TABLE: dict[str, tuple[Kind, Tier]] = {
-    "model": ("free", "bitwise"),
-    "model.family": ("free", "bitwise"),
-    "model.language_model": ("free", "bitwise"),
-    "model.vision_tower": ("free", "bitwise"),
-    "model.projector": ("free", "bitwise"),
-    "model.image_token": ("free", "bitwise"),
-    "model.vision_feature_layer": ("free", "bitwise"),
-    "model.vision_feature_select_strategy": ("free", "bitwise"),
-    "model.projector_hidden_act": ("free", "bitwise"),
-    "model.image_processor": ("free", "bitwise"),
-    "model.precision": ("free", "bitwise"),
-    "add_tokens": BREAKING,
-    "add_special_tokens": BREAKING,
-    "pad_to_multiple_of": BREAKING,
-    "chat_template": ("free", "bitwise"),
-    "seed": BREAKING,
-    "deterministic": ("acceptable", "state-exact"),
-    "checkpoint.every": ("free", "bitwise"),
-    "checkpoint.asynchronous": ("free", "bitwise"),
-    "checkpoint.keep.last": ("free", "bitwise"),
-    "checkpoint.keep.best": ("free", "bitwise"),
-    "checkpoint.keep.every": ("free", "bitwise"),
-    "engine.name": ("free", "state-exact"),
-    "engine.device": ("free", "bitwise"),
-    "engine.threads": ("free", "bitwise"),
-    "stages": BREAKING,
-    "stages.*.train.*": BREAKING,
-    "stages.*.train.*.mode": BREAKING,
-    "stages.*.train.*.learning_rate": ("acceptable", "declared"),
-    "stages.*.train.*.learning_rate_scale": ("acceptable", "declared"),
-    "stages.*.train.*.weight_decay": ("acceptable", "declared"),
-    "stages.*.train.*.layer_decay": ("acceptable", "declared"),
-    "stages.*.train.*.start_step": ("acceptable", "declared"),
-    "stages.*.train.*.rank": BREAKING,
-    "stages.*.train.*.alpha": BREAKING,
-    "stages.*.train.*.dropout": ("acceptable", "declared"),
-    "stages.*.train.*.targets": BREAKING,
-    "stages.*.train.*.rank_pattern": BREAKING,
-    "stages.*.train.*.rank_pattern.*": BREAKING,
-    "stages.*.train.*.alpha_pattern": BREAKING,
-    "stages.*.train.*.alpha_pattern.*": BREAKING,
-    "stages.*.train.*.use_rslora": BREAKING,
-    "stages.*.train.*.use_dora": BREAKING,
-    "stages.*.train.*.bits": BREAKING,
-    "stages.*.train.*.quant_type": BREAKING,
-    "stages.*.train.*.double_quant": BREAKING,
-    "stages.*.data": BREAKING,
-    "stages.*.data.*.path": ("free", "bitwise"),
-    "stages.*.data.*.format": ("free", "bitwise"),
-    "stages.*.data.*.columns.*": ("free", "bitwise"),
-    "stages.*.data.*.repeat": BREAKING,
-    "stages.*.data.*.weight": BREAKING,
-    "stages.*.data.*.augment": BREAKING,
-    "stages.*.data.*.fingerprint": BREAKING,
-    "stages.*.epochs": BREAKING,
-    "stages.*.steps": BREAKING,
-    "stages.*.batch_size": BREAKING,
-    "stages.*.micro_batch_size": ("free", "state-exact"),
-    "stages.*.precision": BREAKING,
-    "stages.*.gradient_checkpointing": ("free", "state-exact"),
-    "stages.*.attention": ("free", "state-exact"),
-    "stages.*.max_length": BREAKING,
-    "stages.*.overlong": BREAKING,
-    "stages.*.on_bad_sample": ("acceptable", "declared"),
-    "stages.*.loss_on": BREAKING,
-    "stages.*.images": BREAKING,
-    "stages.*.images.min_pixels": BREAKING,
-    "stages.*.images.max_pixels": BREAKING,
-    "stages.*.images.max_tiles": BREAKING,
-    "stages.*.packing": ("free", "state-exact"),
-    "stages.*.sort_by_length": ("free", "state-exact"),
-    "stages.*.workers": ("free", "bitwise"),
-    "stages.*.learning_rate": ("acceptable", "declared"),
-    "stages.*.optimizer.name": BREAKING,
-    "stages.*.optimizer.weight_decay": ("acceptable", "declared"),
-    "stages.*.optimizer.betas": BREAKING,
-    "stages.*.optimizer.eps": BREAKING,
-    "stages.*.optimizer.momentum": BREAKING,
-    "stages.*.optimizer.nesterov": BREAKING,
-    "stages.*.optimizer.options": BREAKING,
-    "stages.*.max_grad_norm": ("acceptable", "declared"),
-    "stages.*.schedule.name": BREAKING,
-    "stages.*.schedule.warmup_ratio": BREAKING,
-    "stages.*.schedule.warmup_steps": BREAKING,
-    "stages.*.schedule.min_lr_ratio": BREAKING,
-    "stages.*.schedule.min_learning_rate": BREAKING,
-    "stages.*.schedule.decay_ratio": BREAKING,
-    "stages.*.schedule.decay_steps": BREAKING,
-    "stages.*.schedule.decay_shape": BREAKING,
-    "stages.*.evaluate": ("acceptable", "declared"),
-    "stages.*.evaluate.data": ("acceptable", "declared"),
-    "stages.*.evaluate.data.*.path": ("free", "bitwise"),
-    "stages.*.evaluate.data.*.format": ("free", "bitwise"),
-    "stages.*.evaluate.data.*.columns.*": ("free", "bitwise"),
-    "stages.*.evaluate.data.*.repeat": ("acceptable", "declared"),
-    "stages.*.evaluate.data.*.weight": ("acceptable", "declared"),
-    "stages.*.evaluate.data.*.augment": ("acceptable", "declared"),
-    "stages.*.evaluate.data.*.fingerprint": ("acceptable", "declared"),
-    "stages.*.evaluate.metrics": ("acceptable", "declared"),
-    "stages.*.evaluate.every": ("free", "bitwise"),
-    "stages.*.evaluate.limit": ("acceptable", "declared"),
-    "stages.*.evaluate.max_new_tokens": ("acceptable", "declared"),
-    "stages.*.early_stopping": ("acceptable", "declared"),
-    "stages.*.early_stopping.patience": ("acceptable", "declared"),
-    "stages.*.early_stopping.threshold": ("acceptable", "declared"),
-    "stages.*.gate": ("free", "bitwise"),
-    "stages.*.gate.require": ("free", "bitwise"),
-    "stages.*.gate.otherwise.extend": ("free", "bitwise"),
-    "stages.*.gate.otherwise.schedule": ("free", "bitwise"),
-    "stages.*.gate.otherwise.at_most": ("free", "bitwise"),
-    "stages.*.output.form": ("acceptable", "declared"),
-    "stages.*.output.from": ("acceptable", "declared"),
-    "stages.*.output.base_values": ("acceptable", "declared"),
-}
-
-# What is used follows from these keys of the plan: who changed the key has said so already.
-ENVIRONMENT_BY_PLAN = {
-    "environment.engine": "engine.name",
-    "environment.device": "engine.device",
-    "environment.threads": "engine.threads",
-    "environment.deterministic": "deterministic",
-}
 
 
 @dataclass(frozen=True)

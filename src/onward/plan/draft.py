@@ -13,7 +13,7 @@ from typing import Any
 
 from onward.errors import PlanError
 from onward.plan.document import Key
-from onward.plan.schema import Train
+from onward.plan.learning import Train
 
 SHORTHANDS = {"schedule": "name", "optimizer": "name", "output": "form", "gate": "require"}
 ALTERNATIVES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Collection
 
+from onward.plan.learning import Optimizer, Schedule, Train
 from onward.plan.schema import (
     CheckpointPlan,
     EarlyStopping,
@@ -13,16 +14,13 @@ from onward.plan.schema import (
     Gate,
     Images,
     Keep,
-    Optimizer,
     Otherwise,
     Output,
     Parts,
     PlanFile,
-    Schedule,
     Shared,
     Source,
     Stage,
-    Train,
 )
 
 # Other spellings → ours. Where two of ours could be meant, the level at which it stands decides.

@@ -14,7 +14,6 @@ from onward.checkpoint.read import own_checkpoints
 from onward.errors import DamageError
 from onward.files import canonical_json, digest_bytes, digest_file, read_jsonl, write_durably
 from onward.plan.changes import (
-    TIERS,
     Branch,
     Change,
     Judgement,
@@ -29,6 +28,7 @@ from onward.plan.changes import (
 from onward.plan.load import LoadedPlan
 from onward.plan.lock import Amendment, Lock, locked_plan, plan_values, read_lock, write_lock
 from onward.plan.schema import Plan
+from onward.plan.table import TIERS
 from onward.runs.account import Account
 from onward.runs.directory import RunDirectory
 from onward.runs.inputs import Content

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 from functools import cache
 
-from onward.plan.schema import Optimizer
+from onward.plan.learning import Optimizer
 
 SHARE = 0.5  # of the rate of large matrix products that a training step reaches; measured with SmolLM2-135M on 2 cores
 SECONDS = 0.2

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from onward.errors import TrainingError
-from onward.plan.changes import TIERS
 from onward.plan.lock import Lock, write_lock
+from onward.plan.table import TIERS
 from onward.runs.begin import conditions
 from onward.runs.environment import device_name
 from onward.runs.estimate import state_bytes

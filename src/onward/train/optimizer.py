@@ -12,7 +12,7 @@ import torch
 from onward.errors import DamageError, PlanError, TrainingError
 from onward.model.selection import Group
 from onward.plan.functions import find_function
-from onward.plan.schema import Optimizer
+from onward.plan.learning import Optimizer
 
 State = Mapping[tuple[str, str], torch.Tensor]
 Values = Mapping[str, Mapping[str, Mapping[str, Any]]]

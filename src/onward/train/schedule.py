@@ -9,8 +9,9 @@ from typing import assert_never
 
 from onward.errors import PlanError
 from onward.model.selection import Group
+from onward.plan.learning import Schedule
 from onward.plan.lock import Extension
-from onward.plan.schema import Schedule, Stage
+from onward.plan.schema import Stage
 
 DECAY_RATIO = 0.1  # of the steps, where a plan with warmup_stable_decay says nothing
 

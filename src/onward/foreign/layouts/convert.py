@@ -20,8 +20,7 @@ from onward.foreign.layouts import layout_of
 from onward.foreign.layouts.gptq import unpacked
 from onward.foreign.layouts.layout import readable
 from onward.foreign.layouts.rules import on_disk
-from onward.foreign.layouts.source import GPTQ
-from onward.foreign.pieces import model_pieces
+from onward.foreign.pieces import GPTQ, model_pieces
 from onward.weights.pieces import Piece, Pieces, written
 from onward.weights.sharded import Pending, write_sharded
 from onward.weights.shards import INDEX, SINGLE

@@ -11,7 +11,8 @@ from onward.files import read_json
 from onward.foreign.description import Description, count_dtypes
 from onward.foreign.layouts import layout_of
 from onward.foreign.layouts.layout import readable
-from onward.foreign.layouts.source import Stored, open_tensors
+from onward.foreign.pieces import model_pieces
+from onward.weights.pieces import Pieces
 
 
 def recognise(path: Path) -> Description | None:
@@ -23,10 +24,10 @@ def recognise(path: Path) -> Description | None:
     if layout is None:
         return None
     problems: tuple[str, ...] = ()
-    tensors: dict[str, Stored] = {}
+    tensors: Pieces = {}
     limits: tuple[str, ...] = ()
     try:
-        tensors = open_tensors(path)
+        tensors = model_pieces(path)
         with readable(path):
             limits = layout.config(config, path).limits
     except OnwardError as error:
@@ -35,7 +36,7 @@ def recognise(path: Path) -> Description | None:
         "layout": f"{layout.name}, becomes {layout.target}",
         "weights": count_dtypes([tensor.dtype for tensor in tensors.values()]) if tensors else "none readable",
         "parameters on disk": f"{sum(math.prod(tensor.shape) for tensor in tensors.values()):,}",
-        "files": sorted({tensor.file.name for tensor in tensors.values()}) or "none",
+        "files": sorted({Path(tensor.origin).name for tensor in tensors.values()}) or "none",
     }
     if isinstance(quantisation := config.get("quantization_config"), dict):
         facts["quantised"] = f"{quantisation.get('quant_method')}, {quantisation.get('bits')} bits: unpacked by import"
