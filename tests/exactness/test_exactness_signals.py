@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
@@ -168,7 +169,13 @@ def test_a_killed_worker_is_named_and_nothing_hangs(
 ) -> None:
     plan, run = place / "text.yaml", tmp_path / "run"
     killer = WorkerKiller(("learn", 2), tmp_path / "killed")
-    status = start(plan, run, "defaults.workers=2", view=killer, patch=lambda: signal.alarm(LONGEST) and None)
+    bystander = multiprocessing.get_context("fork").Process(target=signal.pause)  # a process that is not the run's own
+    bystander.start()
+    try:
+        status = start(plan, run, "defaults.workers=2", view=killer, patch=lambda: signal.alarm(LONGEST) and None)
+    finally:
+        bystander.kill()
+        bystander.join()
     assert status == 1
     said = capfd.readouterr().err
     assert f"a data-loader worker is gone: process {killer.killed.read_text()}" in said and "Traceback" not in said

@@ -47,10 +47,11 @@ def made_by(workers: int, items: Dataset[Item], hint: str) -> Iterator[Item]:
         generator=torch.Generator(),  # else it would draw from the global one
     )
     handler = signal.getsignal(signal.SIGCHLD)
+    others = set(multiprocessing.active_children())  # another loader's, or after a fork the parent's: not ours to join
     made = iter(loader)
     if workers:
         signal.signal(signal.SIGCHLD, handler)  # torch's would raise in the middle of anything, even of a save
-    processes = multiprocessing.active_children()
+    processes = [process for process in multiprocessing.active_children() if process not in others]
     try:
         for item in made:
             if isinstance(item, OnwardError):
