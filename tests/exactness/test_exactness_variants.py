@@ -37,6 +37,7 @@ VARIANTS = {
         "model": "qwen3-tied", "first": "embed_tokens: {mode: full, learning_rate_scale: 0.1}", "second": FULL,
     },
     "bf16": {"model": "llama-bf16", "precision": "bf16", "first": LORA, "second": FULL},
+    "fp16": {"model": "llama-fp16", "precision": "fp16", "first": LORA, "second": FULL},
     "adapters handed on and trained further": {
         "model": "llama", "first": LORA, "output": "adapters", "second": LORA,
     },
@@ -60,6 +61,7 @@ def models(place: Path) -> Path:
 
         tiny.text_model(place / "llama", "llama")
         tiny.text_model(place / "llama-bf16", "llama", dtype="bfloat16")
+        tiny.text_model(place / "llama-fp16", "llama", dtype="float16")
         tiny.text_model(place / "qwen3", "qwen3")
         tiny.text_model(place / "qwen3-tied", "qwen3", tied=True)
 

@@ -84,16 +84,17 @@ def trainable(directory: Path, train, seed=1, precision="fp32"):
     return make_trainable(loaded, selection, Carried(), seed=seed, stage="s")
 
 
-def test_what_trains_is_fp32_and_nothing_else_learns(models: Path, tmp_path: Path):
-    tiny.text_model(tmp_path / "bf16", "llama", dtype="bfloat16")
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_what_trains_is_fp32_and_nothing_else_learns(tmp_path: Path, precision: str, dtype: torch.dtype):
+    tiny.text_model(tmp_path / "model", "llama", dtype=str(dtype).removeprefix("torch."))
     train = {"'mlp'": {"mode": "full"}, "self_attn": {"mode": "lora", "rank": 2, "dropout": 0.3}}
     train = {key.strip("'"): value for key, value in train.items()}
-    ready = trainable(tmp_path / "bf16", train, precision="bf16")
+    ready = trainable(tmp_path / "model", train, precision=precision)
     learns = {name for name, parameter in ready.model.named_parameters() if parameter.requires_grad}
     assert len(learns) == len(ready.parameters)
     assert {parameter.dtype for parameter in ready.parameters.values()} == {torch.float32}
     frozen = {p.dtype for p in ready.model.parameters() if not p.requires_grad}
-    assert frozen == {torch.bfloat16}
+    assert frozen == {dtype}
     dropouts = {m.lora_dropout[ADAPTER].p for m in ready.model.modules() if hasattr(m, "lora_dropout")}
     assert dropouts == {0.3}
 

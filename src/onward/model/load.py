@@ -14,6 +14,9 @@ from onward.model.directory import ModelDirectory, open_model_directory
 from onward.model.skeleton import empty_model, fill, not_built
 from onward.weights.quantised import Quantisation
 
+COMPUTED = {"bf16": ("BF16", torch.bfloat16), "fp16": ("F16", torch.float16)}
+"""16 bits in which a model computes: as safetensors and torch call them."""
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -31,7 +34,7 @@ def load_model(
     attention: str = "auto",
     quantised: Mapping[str, Quantisation] | None = None,
 ) -> LoadedModel:
-    """Load a model directory with transformers: in fp32, or in bf16 where `precision` and every tensor are bf16.
+    """Load a model directory with transformers: in fp32, or in 16 bits where `precision` and every tensor say the same.
 
     The linear layers that `quantised` names are never whole in memory but one at a time: the model is built empty then,
     and filled from the files. `attention`: what transformers calls attn_implementation; PlanError when the model has no
@@ -41,8 +44,9 @@ def load_model(
     directory's, and when tensors are tied in memory and not in the configuration, or the other way round.
     """
     opened = open_model_directory(directory)
-    bf16 = precision == "bf16" and all(entry.dtype == "BF16" for entry in opened.tensors.values())
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    stored, dtype = COMPUTED.get(precision, ("F32", torch.float32))
+    if any(entry.dtype != stored for entry in opened.tensors.values()):
+        dtype = torch.float32
     if quantised:
         if odd := next(filter(opened.family.is_expert, opened.tensors), None):
             raise InputError(
