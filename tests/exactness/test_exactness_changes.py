@@ -83,6 +83,7 @@ CHANGED: dict[str, tuple[str, ...] | Callable[[str], str]] = {
     "stages.*.train.*.alpha_pattern.*": (f"{LORA}.alpha_pattern.q_proj=2",),
     "stages.*.train.*.use_rslora": (f"{LORA}.use_rslora=true", "stages.learn.train.mlp\\.up.use_rslora=true"),
     "stages.*.train.*.use_dora": (f"{LORA}.use_dora=true", "stages.learn.train.mlp\\.up.use_dora=true"),
+    "stages.*.train.*.shared_a": (f"{LORA}.shared_a=[q_proj, k_proj, v_proj]",),
     "stages.*.train.*.bits": (f"{LORA}={{mode: qlora, rank: 4, dropout: 0.1, bits: 8}}",),
     "stages.*.train.*.quant_type": (f"{LORA}={{mode: qlora, rank: 4, dropout: 0.1, quant_type: fp4}}",),
     "stages.*.train.*.double_quant": (f"{LORA}={{mode: qlora, rank: 4, dropout: 0.1, double_quant: false}}",),

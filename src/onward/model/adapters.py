@@ -39,7 +39,7 @@ def lora_config(layers: Sequence[LoraLayer], base: str | None) -> dict[str, Any]
 
 
 def inject(model: Any, layers: Sequence[LoraLayer], seed: int, stage: str) -> dict[str, torch.nn.Parameter]:
-    """Put adapters into `model` and give their parameters by PEFT name, in fp32.
+    """Put adapters into `model` and give their parameters by PEFT name, in fp32; a shared A by the first layer's.
 
     A is drawn as peft draws it (Kaiming uniform, a = √5) from `derive(seed, stage, "lora", name)`, B is zero, DoRA's
     magnitudes are the lengths of the weight's rows: an adapter's start does not depend on what else is trained.
@@ -49,6 +49,7 @@ def inject(model: Any, layers: Sequence[LoraLayer], seed: int, stage: str) -> di
     config = lora_config(layers, None)
     inject_adapter_in_model(LoraConfig(**{key: config[key] for key in _INJECTED}), model, adapter_name=ADAPTER)
     parameters: dict[str, torch.nn.Parameter] = {}
+    masks: dict[str | None, SharedMask] = {}
     found = {name.rsplit(".lora_A.", 1)[0] for name, _ in model.named_modules() if name.endswith(f".lora_A.{ADAPTER}")}
     if found != {layer.layer for layer in layers}:
         raise AssertionError(f"peft put adapters elsewhere: {sorted(found ^ {layer.layer for layer in layers})[:3]}")
@@ -58,18 +59,54 @@ def inject(model: Any, layers: Sequence[LoraLayer], seed: int, stage: str) -> di
         if module.r[ADAPTER] != layer.rank or not math.isclose(module.scaling[ADAPTER], layer.scale):
             raise AssertionError(f"peft gave {layer.layer} another rank or scale")
         module.lora_dropout[ADAPTER] = torch.nn.Dropout(layer.dropout) if layer.dropout else torch.nn.Identity()
-        name_a, name_b, *name_magnitude = layer.names
-        generator = torch.Generator().manual_seed(derive(seed, stage, "lora", name_a))
-        start = torch.empty(a.weight.shape, dtype=torch.float32)
-        torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
-        a.weight = torch.nn.Parameter(start.to(a.weight.device))
+        if layer.a_of and layer.dropout:
+            module.lora_dropout[ADAPTER] = SharedDropout(masks.setdefault(layer.a_of, SharedMask(layer.dropout)))
+        name_a, name_b, *name_magnitude = layer.parameters
+        if name_a not in parameters:
+            generator = torch.Generator().manual_seed(derive(seed, stage, "lora", name_a))
+            start = torch.empty(a.weight.shape, dtype=torch.float32)
+            torch.nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+            parameters[name_a] = torch.nn.Parameter(start.to(a.weight.device))
+        a.weight = parameters[name_a]
         b.weight = torch.nn.Parameter(torch.zeros_like(b.weight, dtype=torch.float32))
-        parameters[name_a], parameters[name_b] = a.weight, b.weight
+        parameters[name_b] = b.weight
         for name in name_magnitude:
             lengths = torch.linalg.norm(module.base_layer.weight.detach().float(), dim=1)
             module.lora_magnitude_vector[ADAPTER].weight = torch.nn.Parameter(lengths)
             parameters[name] = module.lora_magnitude_vector[ADAPTER].weight
     return parameters
+
+
+class SharedMask:
+    """The mask of layers that share an A: the fused layer whose parts they are dropped its input once."""
+
+    def __init__(self, p: float) -> None:
+        self.p = p
+        self.users: set[SharedDropout] = set()
+        self._mask: torch.Tensor | None = None
+        self._used: set[SharedDropout] = set()
+
+    def of(self, x: torch.Tensor, user: SharedDropout) -> torch.Tensor:
+        """The mask for `x`: drawn for the first that asks, kept until all have asked. Who asks again has another x."""
+        if self._mask is None or user in self._used:
+            self._mask, self._used = torch.nn.functional.dropout(torch.ones_like(x), self.p), set()
+        mask = self._mask
+        self._used.add(user)
+        if self._used == self.users:
+            self._mask = None
+        return mask
+
+
+class SharedDropout(torch.nn.Module):
+    """Dropout of one of these layers."""
+
+    def __init__(self, mask: SharedMask) -> None:
+        super().__init__()
+        self.mask = mask
+        mask.users.add(self)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.mask.of(x, self) if self.training else x
 
 
 _INJECTED = (

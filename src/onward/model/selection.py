@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from onward.errors import PlanError
 from onward.model.families import WHOLES, Family
@@ -40,7 +40,8 @@ class Group:
 @dataclass(frozen=True)
 class LoraLayer:
     """Adapters of one linear layer [rows, columns]: B [rows, rank] @ A [rank, columns] times `scale`. With `dora` each
-    row of the sum is brought to the length that a vector [rows] of magnitudes gives.
+    row of the sum is brought to the length that a vector [rows] of magnitudes gives. `a_of`: the layer whose A it uses,
+    the first of those that share one; None where it has its own.
     """
 
     layer: str
@@ -49,10 +50,11 @@ class LoraLayer:
     dropout: float
     rslora: bool = False
     dora: bool = False
+    a_of: str | None = None
 
     def __str__(self) -> str:
         kinds = "".join(f", {name}" for name in ("rslora", "dora") if getattr(self, name))
-        return f"rank {self.rank}, alpha {self.alpha:g}{kinds}"
+        return f"rank {self.rank}, alpha {self.alpha:g}{kinds}{', A shared' if self.a_of else ''}"
 
     @property
     def scale(self) -> float:
@@ -60,13 +62,18 @@ class LoraLayer:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """PEFT's names of A, B and, with `dora`, the magnitudes."""
+        """PEFT's names of A, B and, with `dora`, the magnitudes: in its files each layer has an A."""
         ends = (LORA_A, LORA_B, MAGNITUDE) if self.dora else (LORA_A, LORA_B)
         return tuple(f"{PEFT_PREFIX}{self.layer}{end}" for end in ends)
 
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names by which they train, and by which the optimizer's state is kept: a shared A has one."""
+        return (f"{PEFT_PREFIX}{self.a_of or self.layer}{LORA_A}", *self.names[1:])
+
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[int, ...]]:
-        """Name → shape of its tensors."""
-        return dict(zip(self.names, ((self.rank, columns), (rows, self.rank), (rows,)), strict=False))
+        """Parameter → shape."""
+        return dict(zip(self.parameters, ((self.rank, columns), (rows, self.rank), (rows,)), strict=False))
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,11 @@ class Selection:
     lora: tuple[LoraLayer, ...]
     groups: tuple[Group, ...]
     quantised: Mapping[str, Quantisation] = field(default_factory=dict)
+
+
+def shared_names(layers: Iterable[LoraLayer]) -> dict[str, str]:
+    """PEFT's name of each A that is another layer's → the name by which it trains."""
+    return {layer.names[0]: layer.parameters[0] for layer in layers if layer.names[0] != layer.parameters[0]}
 
 
 def looks_linear(name: str, shape: tuple[int, ...]) -> bool:
@@ -126,6 +138,8 @@ def select(
             sizes: dict[str, tuple[int, ...]] = {}
             for layer in layers:
                 rows, columns = shapes[layer.layer + ".weight"]
+                if layer.a_of and columns != shapes[layer.a_of + ".weight"][1]:
+                    raise PlanError(f"shared_a: {layer.layer} is not as wide as {layer.a_of}", where=where[key])
                 sizes |= layer.shapes(rows, columns)
             groups += _groups(key, stage, train, sizes, shapes, where[key])
         if train.quantised_bits:
@@ -223,7 +237,28 @@ def _lora_layers(train: Train, names: list[str], linear: Collection[str], where:
                 raise PlanError(f"pattern {pattern} matches none of the layers that get adapters", where=where)
         except re.error as error:
             raise PlanError(f"pattern {pattern} is no regular expression ({error})", where=where) from None
-    return [_lora_layer(train, layer) for layer in layers]
+    return _sharing([_lora_layer(train, layer) for layer in layers], train.shared_a, where)
+
+
+def _sharing(layers: list[LoraLayer], names: Sequence[str], where: str) -> list[LoraLayer]:
+    """Layers of `names` side by side, each with the first one's A. PlanError where one of them is missing, or of
+    another rank.
+    """
+    by_name = {layer.layer: layer for layer in layers}
+    first = {f"{parent}{name}": f"{parent}{names[0]}" for parent in _parents(by_name, names) for name in names}
+    if names and not first:
+        raise PlanError(f"shared_a: no layer that gets adapters is called {names[0]}", where=where)
+    for layer, holder in first.items():
+        if odd := next((name for name in (layer, holder) if name not in by_name), None):
+            raise PlanError(f"shared_a: {odd} gets no adapter that could share its A", where=where)
+        if by_name[layer].rank != by_name[holder].rank:
+            raise PlanError(f"shared_a: {layer} and {holder} have adapters of two ranks", where=where)
+    return [replace(layer, a_of=first.get(layer.layer)) for layer in layers]
+
+
+def _parents(layers: Iterable[str], names: Sequence[str]) -> list[str]:
+    """What stands before those of the layers that are called by one of the names."""
+    return list(dict.fromkeys(n.removesuffix(name) for n in layers for name in names if _ends_with(n, name)))
 
 
 def _lora_layer(train: Train, layer: str) -> LoraLayer:

@@ -17,7 +17,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Bits = Literal[4, 8]
-LORA_KEYS = ("rank", "alpha", "dropout", "targets", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora")
+LORA_KEYS = (
+    "rank", "alpha", "dropout", "targets", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "shared_a",
+)  # fmt: skip
 QUANTISED_KEYS = ("quant_type", "double_quant")
 GROUP_KEYS = ("layer_decay", "start_step")
 OWN_CLASS = r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$"  # module:Class, of the user's
@@ -68,6 +70,9 @@ class Train(Strict):
     alpha_pattern: dict[str, Positive] = Field(default_factory=dict, description="LoRA: other alphas, likewise")
     use_rslora: bool = Field(False, description="LoRA: scale is alpha / √rank (Kalajdzievski, 2023)")
     use_dora: bool = Field(False, description="LoRA: DoRA, magnitudes apart from directions (Liu et al., 2024)")
+    shared_a: tuple[str, ...] = Field(
+        (), description="LoRA: layers side by side that share one A, by their last names: parts of a fused layer"
+    )
     bits: Bits | None = Field(
         None, description="qlora (default 4) or frozen: the linear layers are kept in so many bits while training"
     )
@@ -82,6 +87,8 @@ class Train(Strict):
             raise ValueError(f"{', '.join(given)}: only for what is trained")
         if not self.has_adapters and (given := [key for key in LORA_KEYS if key in self.model_fields_set]):
             raise ValueError(f"{', '.join(given)}: only with mode: lora or qlora")
+        if self.shared_a and len(set(self.shared_a)) < max(2, len(self.shared_a)):
+            raise ValueError("shared_a: two names or more, each once")
         return self
 
     @model_validator(mode="after")

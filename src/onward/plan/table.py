@@ -60,6 +60,7 @@ TABLE: dict[str, tuple[Kind, Tier]] = {
     "stages.*.train.*.alpha_pattern.*": BREAKING,
     "stages.*.train.*.use_rslora": BREAKING,
     "stages.*.train.*.use_dora": BREAKING,
+    "stages.*.train.*.shared_a": BREAKING,
     "stages.*.train.*.bits": BREAKING,
     "stages.*.train.*.quant_type": BREAKING,
     "stages.*.train.*.double_quant": BREAKING,

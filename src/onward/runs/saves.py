@@ -71,7 +71,7 @@ def _snapshot(session: Session, live: LiveStage) -> Snapshot:
     training, stage = live.training, live.plan
     progress, trainable = training.progress, training.trainable
     progress.probe = live.probe() if _has_probe(session, live) else None
-    lora = {name: p for name, p in trainable.parameters.items() if ".lora_" in name}
+    lora = trainable.trained_adapters()
     directory = live.checkpoints / checkpoint_name(progress.step)
     layers = trainable.selection.lora
     config = lora_config(layers, base_name(live.start.base, directory, session.directory.path)) if layers else None
@@ -84,7 +84,7 @@ def _snapshot(session: Session, live: LiveStage) -> Snapshot:
         base=live.start.fingerprint,
         names=session.names(),
         weights={name: p.detach() for name, p in trainable.parameters.items() if name not in lora},
-        adapter=Adapter(config, {name: p.detach() for name, p in lora.items()}, quantisation) if config else None,
+        adapter=Adapter(config, lora, quantisation) if config else None,
         optimizer=optimizer_state(training.optimizer, trainable.parameters),
         optimizer_name=stage.optimizer.name,
         optimizer_values=optimizer_values(training.optimizer, trainable.parameters),
