@@ -1,4 +1,4 @@
-"""An A that the parts of a fused layer share: one parameter while it trains, killed and continued, handed on, merged."""
+"""An A that the parts of a fused layer share: one parameter while it trains, killed, continued, handed on, merged."""
 
 from __future__ import annotations
 
