@@ -5,13 +5,16 @@ Under ONWARD_CACHE, else $XDG_CACHE_HOME/onward, else ~/.cache/onward; where tha
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 
-from onward.files import canonical_json, digest_bytes, digest_file, fsync, hidden_name, write_durably
+from onward.files import PARTIAL, canonical_json, digest_bytes, digest_file, fsync, hidden_name, write_durably
 
 UNUSED = 30 * 24 * 3600
 """Seconds after which a file that nobody used makes room when another is written."""
@@ -24,6 +27,11 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "onward"
 
 
+def entry(kind: str, key: object) -> Path:
+    """The file for this kind and key."""
+    return cache_directory() / kind / digest_bytes(canonical_json(key)).removeprefix("sha256:")
+
+
 def file_identity(path: Path) -> list[str | int]:
     """What must stay the same for a remembered result to hold: absolute path, size, mtime in ns, inode."""
     stat = path.stat()
@@ -32,7 +40,7 @@ def file_identity(path: Path) -> list[str | int]:
 
 def remembered(kind: str, key: object, compute: Callable[[], bytes]) -> bytes:
     """`compute()`, or what it gave the last time for this kind and key. An entry is believed by its digest alone."""
-    path = cache_directory() / kind / digest_bytes(canonical_json(key)).removeprefix("sha256:")
+    path = entry(kind, key)
     try:
         digest, _, value = path.read_bytes().partition(b"\n")
         if digest.decode(errors="replace") == digest_bytes(value):
@@ -51,31 +59,60 @@ def remembered(kind: str, key: object, compute: Callable[[], bytes]) -> bytes:
 def remembered_file(kind: str, key: object, write: Callable[[Path], None]) -> Path:
     """The file that `write` makes for this kind and key, or made the last time. It is believed by its digest alone.
 
-    What nobody used for a month goes when another one is made. OSError where there is no room for it.
+    OSError where there is no room for it.
     """
-    path = cache_directory() / kind / digest_bytes(canonical_json(key)).removeprefix("sha256:")
+    path = entry(kind, key)
     told = path.with_suffix(".digest")
     try:
         if told.read_text() == cached_digest(path):
-            os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # used now, changed when it was
+            used(path)
             return path
     except OSError:
         pass
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for old in path.parent.iterdir():
-        if time.time() - old.stat().st_atime > UNUSED:
-            old.unlink(missing_ok=True)
-    partial = hidden_name(path)
-    try:
-        write(partial)
-        fsync(partial)
-        digest = digest_file(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    fsync(path.parent)
+    with begin_file(path) as file:
+        try:
+            write(partial := Path(file.name))
+            digest = digest_file(partial)
+            commit_file(file, path)
+        finally:
+            abandon_file(file)
     write_durably(told, digest.encode())
     return path
+
+
+def used(path: Path) -> None:
+    """A file is used now; it changed when it did."""
+    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+
+def begin_file(path: Path) -> FileIO:
+    """A fresh file beside `path`, locked as long as it is open. What nobody used for a month goes, and what killed
+    writers left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.iterdir():
+        with suppress(OSError):  # it is gone, or somebody writes it
+            if old.name.startswith(PARTIAL):
+                with old.open("rb") as left:
+                    fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    old.unlink()
+            elif time.time() - old.stat().st_atime > UNUSED:
+                old.unlink()
+    file = hidden_name(path).open("x+b", buffering=0)
+    fcntl.flock(file, fcntl.LOCK_EX)
+    return file
+
+
+def commit_file(file: FileIO, path: Path) -> None:
+    """Make it `path`, durably."""
+    os.fsync(file.fileno())
+    Path(file.name).replace(path)
+    fsync(path.parent)
+
+
+def abandon_file(file: FileIO) -> None:
+    """Delete it, unless it was committed."""
+    Path(file.name).unlink(missing_ok=True)
+    file.close()
 
 
 def forget() -> None:

@@ -50,6 +50,14 @@ def ask(question: str, answer: str, **answer_keys):
     }
 
 
+def are_tokens_of(tokens, encoded) -> bool:
+    """Are these ids, and which are learnt, those of the sample?"""
+    return all(
+        ours.dtype == its.dtype and ours.tolist() == its.tolist()
+        for ours, its in zip(tokens, (encoded.input_ids, encoded.trained), strict=True)
+    )
+
+
 def paint(path: Path, colour: str, size=(40, 30), **options) -> Path:
     Image.new("RGB", size, colour).save(path, **options)
     return path

@@ -14,6 +14,7 @@ from onward.data import batches as batches_module
 from onward.data.batches import collate, digest_samples, eval_batches, step_batches
 from onward.data.encode import load_encoder
 from onward.data.jsonl import JsonlFile
+from onward.data.kept import KeptTokens
 from onward.data.prepare import ResolvedSource, prepare
 from onward.errors import DamageError, InputError
 
@@ -136,11 +137,13 @@ def test_order_does_not_depend_on_batch_size(encoder, tmp_path):
     assert all(order == orders[0] for order in orders)
 
 
-def test_start_late_reads_no_earlier_row(encoder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("kept", "what", "name"), [("0", JsonlFile, "row"), ("1", KeptTokens, "read")])
+def test_start_late_reads_no_earlier_row(encoder, tmp_path, monkeypatch, kept, what, name):
+    monkeypatch.setenv("ONWARD_CACHE_TOKENS", kept)
     data = prepared(tmp_path, encoder, [ask(f"Q{i}?", "a") for i in range(500)])
     reads = []
-    real = JsonlFile.row
-    monkeypatch.setattr(JsonlFile, "row", lambda self, i: reads.append(i) or real(self, i))
+    real = getattr(what, name)
+    monkeypatch.setattr(what, name, lambda self, i, *more: reads.append(i) or real(self, i, *more))
     out = batches(data, encoder, first=113, last=114)
     assert len(reads) == 8 and {f"d.jsonl:{i + 1}" for i in reads} == {s for batch in out for s in batch.sample_ids}
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny_vision
 import torch
-from data_helpers import ask, paint
+from data_helpers import are_tokens_of, ask, paint
 from PIL import Image
 
 from onward.data.batches import collate
@@ -75,7 +75,7 @@ def test_tokens_and_pixels_are_the_processor_s_own(models, encoders, rows, tmp_p
     theirs = expected(tiny_vision.whole_processor(models / kind, kind), rows[name], tmp_path)
     batch = collate([encoded], encoder.pad_id)
     assert batch["input_ids"].tolist() == theirs["input_ids"].tolist()
-    assert encoder.measure(rows[name], origin) == (len(encoded.input_ids), encoded.trained.sum())
+    assert are_tokens_of(encoder.measure(rows[name], origin), encoded)
     assert encoder.tokenizer.decode(encoded.input_ids[encoded.trained]) == "red<|im_end|>"
     given = {key for key in theirs if key not in ("attention_mask", "token_type_ids", "num_patches")}
     if name == "none":
@@ -108,7 +108,7 @@ def test_limits_are_those_of_the_processor(models, encoders, rows, tmp_path, ori
     wanted = expected(processor, rows["three"], tmp_path)
     assert encoded.input_ids.tolist() == wanted["input_ids"][0].tolist()
     assert np.array_equal(encoded.images["pixel_values"], wanted["pixel_values"].numpy())
-    assert encoder.measure(rows["three"], origin)[0] == len(encoded.input_ids)
+    assert are_tokens_of(encoder.measure(rows["three"], origin), encoded)
     assert encoder.fingerprint != encoders[kind].fingerprint
     assert len(encoded.input_ids) != len(encoders[kind].encode(rows["three"], origin).input_ids)
 
@@ -125,7 +125,7 @@ def test_llava_next_images_fit_into_few_tiles(models, encoders, tmp_path, origin
     (sizes,) = encoded.images["image_sizes"]
     assert image_size_to_num_patches(sizes.tolist(), tiny_vision.GRID, 28) <= 3  # with the overview
     assert encoded.images["pixel_values"].shape[1] <= 3
-    assert encoder.measure(row, origin)[0] == len(encoded.input_ids)
+    assert are_tokens_of(encoder.measure(row, origin), encoded)
 
 
 def test_limits_that_a_model_has_not_are_refused(models) -> None:

@@ -21,8 +21,8 @@ from onward.data.augment import augmented
 from onward.data.encode import Encoder
 from onward.data.layout import Layout, micro_batches
 from onward.data.order import Draw
-from onward.data.prepare import StageData
 from onward.data.samples import BadSample, Encoded
+from onward.data.stage import StageData
 from onward.data.workers import made_by
 from onward.errors import InputError
 from onward.randomness import derive
@@ -209,6 +209,9 @@ def _samples(
         source = data.sources[draw.source]
         origin = data.origin(draw)
         try:
+            if (tokens := data.tokens(draw)) is not None:
+                samples.append(encoder.sample(tokens, origin))
+                continue
             row = data.row(draw)
             if source.augment is not None and chance is not None:
                 seed, stage, epoch = chance

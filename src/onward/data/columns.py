@@ -60,12 +60,16 @@ class ColumnFile:
         """Where row `i` stands, counted from 1."""
         return Origin(f"{self.label}:{i + 1}", f"{self.path}:{i + 1}", self.folder)
 
+    def require_unchanged(self, _: int) -> None:
+        """DamageError when a file has changed since it was opened."""
+        for file, identity in self._identities.items():
+            require_unchanged(file, identity)
+
     def row(self, i: int) -> dict[str, Any]:
         """Row `i`, without what is null in it. BadSample when it cannot be read."""
         import pyarrow
 
-        for file, identity in self._identities.items():
-            require_unchanged(file, identity)
+        self.require_unchanged(i)
         part = int(np.searchsorted(self._ends, i, side="right"))
         begin = int(self._ends[part - 1]) if part else 0
         try:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onward.data.chat import LossOn, Rendered, render, render_prompt
 from onward.data.images import expand_placeholders, image_size, load_image
 from onward.data.rows import Conversation, before_last_turn, plain_text, read_conversation
-from onward.data.samples import BadSample, Encoded, Origin, bad
+from onward.data.samples import BadSample, Encoded, Origin, Tokens, bad
 from onward.data.template import ChatTemplate, load_template, no_template
 from onward.data.vision import ImageLimits, Vision, load_vision
 from onward.errors import InputError, OnwardError
@@ -84,16 +84,24 @@ class Encoder:
         """The sample of a row, images decoded. BadSample when it cannot be used."""
         rendered, conversation = self._rendered(row, origin)
         images, replacements = self._pixels(conversation, origin)
-        ids, trained = self._tokens(self._expand(rendered, replacements, origin), origin)
-        return Encoded(origin.sample_id, ids, trained, images, self._stands_for_pixels(ids))
+        return self.sample(self._tokens(self._expand(rendered, replacements, origin), origin), origin, images)
 
-    def measure(self, row: Mapping[str, Any], origin: Origin) -> tuple[int, int]:
-        """How many tokens and how many targets `encode` will give; image files are not decoded. BadSample likewise."""
+    def measure(self, row: Mapping[str, Any], origin: Origin) -> Tokens:
+        """The tokens that `encode` will give; image files are not decoded. BadSample likewise."""
         rendered, conversation = self._rendered(row, origin)
         sizes = [image_size(image, origin) for image in conversation.images]
-        replacements = self._replacements(sizes, origin)
-        ids, trained = self._tokens(self._expand(rendered, replacements, origin), origin)
-        return len(ids), int(trained.sum())
+        return self._tokens(self._expand(rendered, self._replacements(sizes, origin), origin), origin)
+
+    def sample(self, tokens: Tokens, origin: Origin, images: dict[str, NDArray[np.generic]] | None = None) -> Encoded:
+        """The sample of these tokens and the image processor's arrays."""
+        ids, trained = tokens
+        asked = self.vision is not None and self.vision.asks_for_types
+        pixels = ids == self.vision.ids[0] if asked and self.vision else None
+        return Encoded(origin.sample_id, ids, trained, images or {}, pixels)
+
+    def has_images(self, ids: NDArray[np.int64]) -> bool:
+        """Does one of these tokens stand for an image?"""
+        return self.vision is not None and bool(np.isin(ids, self.vision.ids).any())
 
     def prompt(self, row: Mapping[str, Any], origin: Origin) -> Prompt:
         """The row up to its last assistant turn, for generation; not cut to max_length. BadSample when it has none."""
@@ -102,8 +110,7 @@ class Encoder:
         asked, answer = before_last_turn(self._conversation(row, origin), origin)
         images, replacements = self._pixels(asked, origin)
         rendered = self._expand(render_prompt(asked, self.require_template(), origin), replacements, origin)
-        ids, trained = self._tokenize(rendered, origin)
-        return Prompt(Encoded(origin.sample_id, ids, trained, images, self._stands_for_pixels(ids)), answer)
+        return Prompt(self.sample(self._tokenize(rendered, origin), origin, images), answer)
 
     def image_files(self, row: Mapping[str, Any], origin: Origin) -> list[Path]:
         """The image files of a row. BadSample when it is no conversation."""
@@ -162,16 +169,12 @@ class Encoder:
         except (ValueError, TypeError, ZeroDivisionError) as error:
             raise bad(origin, f"the image processor refuses an image: {error}") from None
 
-    def _stands_for_pixels(self, ids: NDArray[np.int64]) -> NDArray[np.bool_] | None:
-        asked = self.vision is not None and self.vision.asks_for_types
-        return ids == self.vision.ids[0] if asked and self.vision else None
-
     def _expand(self, rendered: Rendered, replacements: Sequence[str], origin: Origin) -> Rendered:
         if self.vision is None:
             return rendered
         return expand_placeholders(rendered, self.vision.image_token, replacements, origin)
 
-    def _tokenize(self, rendered: Rendered, origin: Origin) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def _tokenize(self, rendered: Rendered, origin: Origin) -> Tokens:
         """Token ids, and which begin inside a trained span; never the first, which nothing predicts, nor an image's."""
         try:
             rendered.text.encode()
@@ -188,7 +191,7 @@ class Encoder:
             trained &= ~np.isin(ids, self.vision.ids)
         return ids, trained
 
-    def _tokens(self, rendered: Rendered, origin: Origin) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    def _tokens(self, rendered: Rendered, origin: Origin) -> Tokens:
         """`_tokenize`, with what the options say about length. BadSample when too much or nothing is left."""
         ids, trained = self._tokenize(rendered, origin)
         limit = self.options.max_length
@@ -196,7 +199,7 @@ class Encoder:
             if self.options.overlong != "truncate":
                 reason = f"{len(ids)} tokens, max_length is {limit}"
                 raise BadSample(origin.sample_id, reason, origin.where, overlong=True)
-            if self.vision is not None and np.isin(ids[limit:], self.vision.ids).any():
+            if self.has_images(ids[limit:]):
                 raise bad(origin, f"cut to max_length {limit} it would lose tokens of an image")
             ids, trained = ids[:limit], trained[:limit]
         if not trained.any():

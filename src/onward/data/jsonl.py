@@ -79,12 +79,16 @@ class JsonlFile:
         line = int(self._lines[i])
         return Origin(f"{self.label}:{i + 1 if self._in_array else line}", f"{self.path}:{line}", self.path.parent)
 
+    def require_unchanged(self, _: int) -> None:
+        """DamageError when the file has changed since it was opened."""
+        require_unchanged(self.path, self._identity)
+
     def row(self, i: int) -> dict[str, Any]:
         """Row `i`. BadSample when it is not a JSON object in UTF-8."""
         origin = self.origin(i)
         begin = int(self._starts[i])
         end = int(self._starts[i + 1]) if i + 1 < len(self) else int(self._identity[1])
-        require_unchanged(self.path, self._identity)
+        self.require_unchanged(i)
         data = os.pread(self._open(), end - begin, begin)
         if self._in_array:
             data = data[: data.rfind(b"}") + 1]

@@ -7,10 +7,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,11 +21,13 @@ from torch.utils.data import Dataset
 from onward.cache import cached_digest, remembered
 from onward.data.augment import find_augment
 from onward.data.encode import Encoder
+from onward.data.kept import NOTHING, KeptTokens, Packed
 from onward.data.kinds import Kind
-from onward.data.order import Draw, Epochs, Indices, Mix, StepPlace, Weighted
+from onward.data.order import Mix
 from onward.data.reading import Rows, recognise
-from onward.data.samples import BadSample, Origin
+from onward.data.samples import BadSample
 from onward.data.sources import open_rows
+from onward.data.stage import SourceRows, StageData
 from onward.data.workers import made_by
 from onward.errors import InputError
 from onward.files import canonical_json, digest_bytes
@@ -55,102 +58,6 @@ class ResolvedSource:
     columns: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass(frozen=True)
-class SourceRows:
-    """An opened source. `used` int64 [n]: the file's usable rows by number; `tokens`, `targets` int32 [n]: theirs."""
-
-    file: Rows
-    used: NDArray[np.int64]
-    tokens: NDArray[np.int32]
-    targets: NDArray[np.int32]
-    repeat: float
-    weight: float | None
-    augment: str | None
-
-
-@dataclass(frozen=True)
-class StageData:
-    """What a stage trains on. `fingerprint`: the files' content, how they are read, image names and sizes, repeats or
-    weights, rows used.
-
-    `skipped`: (sample id, reason) of what is left out. Counts of tokens are those before any augmentation.
-    """
-
-    sources: tuple[SourceRows, ...]
-    fingerprint: str
-    skipped: tuple[tuple[str, str], ...]
-    on_bad_sample: Literal["stop", "skip"]
-
-    @property
-    def mix(self) -> Mix:
-        return Mix(tuple(len(source.used) for source in self.sources), tuple(source.repeat for source in self.sources))
-
-    @property
-    def weighted(self) -> Weighted | None:
-        """The sources by their weights, where they have some: then they are a stream without epochs."""
-        weights = [source.weight for source in self.sources if source.weight is not None]
-        return Weighted(self.mix.rows, tuple(weights)) if weights else None
-
-    @property
-    def rows(self) -> int:
-        """Usable rows, each counted once."""
-        return sum(self.mix.rows)
-
-    @property
-    def samples_per_epoch(self) -> int:
-        return self.mix.samples_per_epoch
-
-    @property
-    def tokens_per_epoch(self) -> int:
-        """Expected, where a fraction of a source is drawn or weights are given."""
-        return self._expected([source.tokens for source in self.sources])
-
-    @property
-    def targets_per_epoch(self) -> int:
-        """Expected, as the tokens are."""
-        return self._expected([source.targets for source in self.sources])
-
-    def _expected(self, counts: Sequence[NDArray[np.int32]]) -> int:
-        taken = [source.repeat for source in self.sources]
-        if weighted := self.weighted:
-            taken = [
-                float(share) * self.rows / rows for share, rows in zip(weighted.shares, self.mix.rows, strict=True)
-            ]
-        return round(sum(times * int(count.sum(dtype=np.int64)) for times, count in zip(taken, counts, strict=True)))
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest sample."""
-        return max(int(source.tokens.max()) for source in self.sources)
-
-    def place(self, step: int, batch_size: int) -> StepPlace:
-        """What a step (from 1) takes."""
-        if self.weighted:
-            return StepPlace(0, (step - 1) * batch_size, batch_size)
-        return Epochs(self.samples_per_epoch, batch_size).place(step)
-
-    def seen(self, step: int, batch_size: int) -> int:
-        """How many samples the steps up to this one took."""
-        place = self.place(step, batch_size) if step else StepPlace(0, 0, 0)
-        return place.epoch * self.samples_per_epoch + place.position + place.count
-
-    def draws(self, epoch: int, positions: Indices, *, seed: int, stage: str) -> list[Draw]:
-        """Which samples stand at `positions` of an epoch (from 0)."""
-        if weighted := self.weighted:
-            return weighted.draws(positions, seed=seed, stage=stage, fingerprint=self.fingerprint)
-        return self.mix.draws(epoch, positions, seed=seed, stage=stage, fingerprint=self.fingerprint)
-
-    def origin(self, draw: Draw) -> Origin:
-        """Where a drawn sample stands."""
-        source = self.sources[draw.source]
-        return source.file.origin(int(source.used[draw.row]))
-
-    def row(self, draw: Draw) -> dict[str, Any]:
-        """The row of a drawn sample."""
-        source = self.sources[draw.source]
-        return source.file.row(int(source.used[draw.row]))
-
-
 def prepare(
     sources: Sequence[ResolvedSource],
     encoder: Encoder,
@@ -174,7 +81,7 @@ def prepare(
             encoder.require_template()
         file = Rows(files[source.path], reading)
         media = _media(file, encoder)
-        tokens, targets, bad_rows = _measured(file, encoder, media, progress)
+        tokens, targets, bad_rows, kept = _measured(file, encoder, media, source.augment is None, progress)
         for row, reason, overlong in bad_rows:
             origin = file.origin(row)
             if encoder.options.overlong == "drop" if overlong else on_bad_sample == "skip":
@@ -185,7 +92,8 @@ def prepare(
         if Mix((len(used),), (source.repeat,)).samples_per_epoch == 0 and not fatal:
             reason = f"{len(used)} of {len(file)} rows are usable, repeat is {source.repeat:g}"
             raise InputError(f"gives no samples: {reason}", where=str(source.path))
-        opened.append(SourceRows(file, used, tokens[used], targets[used], source.repeat, source.weight, source.augment))
+        how = (source.repeat, source.weight, source.augment)
+        opened.append(SourceRows(file, used, tokens[used], targets[used], *how, kept))
         identities.append(
             {
                 "content": file.digest,
@@ -253,11 +161,14 @@ def _identity(path: Path, name: str, size: int, source: ResolvedSource) -> list[
 
 @dataclass(frozen=True)
 class _Measures:
-    """Of rows in order: tokens and targets (0 for a bad one); the bad ones' row, reason, whether only too long."""
+    """Of rows in order: tokens and targets (0 for a bad one); the bad ones' row, reason, whether only too long; what is
+    kept of each.
+    """
 
     tokens: list[int]
     targets: list[int]
     bad: list[tuple[int, str, bool]]
+    packed: list[Packed]
 
 
 @dataclass(frozen=True)
@@ -266,54 +177,38 @@ class _Chunks(Dataset[_Measures]):
 
     file: Rows
     encoder: Encoder
+    kept: KeptTokens | None
 
     def __len__(self) -> int:
         return -(-len(self.file) // CHUNK)
 
     def __getitem__(self, number: int) -> _Measures:
-        measures = _Measures([], [], [])
+        measures = _Measures([], [], [], [])
         for row in range(number * CHUNK, min((number + 1) * CHUNK, len(self.file))):
-            tokens = targets = 0
+            tokens, targets, packed = 0, 0, NOTHING
             try:
-                tokens, targets = self.encoder.measure(self.file.row(row), self.file.origin(row))
+                ids, trained = self.encoder.measure(self.file.row(row), self.file.origin(row))
+                tokens, targets = len(ids), int(trained.sum())
+                if self.kept and not self.encoder.has_images(ids):
+                    packed = self.kept.pack(row, (ids, trained))
             except BadSample as error:
                 measures.bad.append((row, error.reason, error.overlong))
             measures.tokens.append(tokens)
             measures.targets.append(targets)
+            measures.packed.append(packed)
         return measures
 
 
 def _measured(
-    file: Rows, encoder: Encoder, media: list[tuple[str, int, int]], progress: Callable[[str], None]
-) -> tuple[NDArray[np.int32], NDArray[np.int32], list[tuple[int, str, bool]]]:
-    """Tokens and targets of each row (0 for a bad one), and the bad ones: row, reason, whether it is only too long."""
-
-    def measure() -> bytes:
-        chunks, done = _Chunks(file, encoder), 0
-        tokens, targets = np.zeros(len(file), np.int32), np.zeros(len(file), np.int32)
-        bad_rows: list[tuple[int, str, bool]] = []
-        workers = min(torch.get_num_threads(), MOST_WORKERS) if len(file) >= SHARED else 0
-        last_report = time.monotonic()
-        for part in made_by(workers if workers > 1 else 0, chunks, "run the same command again, with more memory free"):
-            place = slice(done, done := done + len(part.tokens))
-            tokens[place], targets[place] = part.tokens, part.targets
-            bad_rows.extend(part.bad)
-            if time.monotonic() - last_report > REPORT_EVERY:
-                last_report = time.monotonic()
-                progress(f"{file.label}: {done:,} of {len(file):,} rows measured")
-        packed = io.BytesIO()
-        np.savez(
-            packed,
-            tokens=tokens,
-            targets=targets,
-            bad=np.frombuffer(canonical_json(bad_rows), np.uint8),
-        )
-        return packed.getvalue()
-
+    file: Rows, encoder: Encoder, media: list[tuple[str, int, int]], is_kept: bool, progress: Callable[[str], None]
+) -> tuple[NDArray[np.int32], NDArray[np.int32], list[tuple[int, str, bool]], KeptTokens | None]:
+    """Tokens and targets of each row (0 for a bad one), the bad ones (row, reason, whether it is only too long), and
+    where the tokens are kept, if they are to be.
+    """
     # The path is in the key because the reasons name it.
-    libraries = [version("transformers"), version("tokenizers"), version("pillow")]
+    libraries = [version(name) for name in ("onward", "transformers", "tokenizers", "jinja2", "pillow")]
     key = [
-        2,
+        3,
         file.digest,
         asdict(file.reading),
         str(file.path.resolve()),
@@ -321,6 +216,29 @@ def _measured(
         libraries,
         digest_bytes(canonical_json(media)),
     ]
+    kept = KeptTokens.of(key, len(file), len(encoder.tokenizer)) if is_kept else None
+
+    def measure() -> bytes:
+        chunks, done = _Chunks(file, encoder, kept), 0
+        tokens, targets = np.zeros(len(file), np.int32), np.zeros(len(file), np.int32)
+        bad_rows: list[tuple[int, str, bool]] = []
+        workers = min(torch.get_num_threads(), MOST_WORKERS) if len(file) >= SHARED else 0
+        last_report = time.monotonic()
+        with kept.writing(progress) if kept else nullcontext() as keep:
+            hint = "run the same command again, with more memory free"
+            for part in made_by(workers if workers > 1 else 0, chunks, hint):
+                place = slice(done, done := done + len(part.tokens))
+                tokens[place], targets[place] = part.tokens, part.targets
+                bad_rows.extend(part.bad)
+                if keep:
+                    keep(part.packed)
+                if time.monotonic() - last_report > REPORT_EVERY:
+                    last_report = time.monotonic()
+                    progress(f"{file.label}: {done:,} of {len(file):,} rows measured")
+        packed = io.BytesIO()
+        np.savez(packed, tokens=tokens, targets=targets, bad=np.frombuffer(canonical_json(bad_rows), np.uint8))
+        return packed.getvalue()
+
     with np.load(io.BytesIO(remembered("measures", key, measure)), allow_pickle=False) as arrays:
         found = [(row, reason, overlong) for row, reason, overlong in json.loads(arrays["bad"].tobytes())]
-        return arrays["tokens"], arrays["targets"], found
+        return arrays["tokens"], arrays["targets"], found, kept

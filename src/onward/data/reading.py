@@ -67,6 +67,9 @@ class Rows:
     def origin(self, i: int) -> Origin:
         return self.file.origin(i)
 
+    def require_unchanged(self, i: int) -> None:
+        self.file.require_unchanged(i)
+
     def row(self, i: int) -> dict[str, Any]:
         """Row `i` as messages or as a text. BadSample when it cannot be read as that."""
         return self.reading.read(self.file.row(i), self.origin(i))

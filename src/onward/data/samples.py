@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+Tokens: TypeAlias = tuple[NDArray[np.int64], NDArray[np.bool_]]
+"""Ids, and which are learnt."""
 
 
 @dataclass(frozen=True)

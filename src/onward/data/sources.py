@@ -36,6 +36,8 @@ class RowFile(Protocol):
 
     def origin(self, i: int) -> Origin: ...
 
+    def require_unchanged(self, i: int) -> None: ...
+
     def row(self, i: int) -> dict[str, Any]: ...
 
 
@@ -95,6 +97,11 @@ class Shards:
         """Where row `i` stands."""
         file, row = self._place(i)
         return file.origin(row)
+
+    def require_unchanged(self, i: int) -> None:
+        """DamageError when the file of row `i` has changed since it was opened."""
+        file, row = self._place(i)
+        file.require_unchanged(row)
 
     def row(self, i: int) -> dict[str, Any]:
         """Row `i`. BadSample when it cannot be read."""

@@ -10,7 +10,7 @@ from typing import Any
 from onward.data.batches import eval_batches
 from onward.data.encode import Encoder
 from onward.data.order import Draw
-from onward.data.prepare import StageData
+from onward.data.stage import StageData
 from onward.evaluate.generate import Answer, generate_answers
 from onward.evaluate.metrics import is_of_answers, worth
 from onward.model.forward import evaluating, score

@@ -22,7 +22,7 @@ from onward.weights.sidecars import sidecars
 
 if TYPE_CHECKING:
     from onward.data.encode import Encoder
-    from onward.data.prepare import StageData
+    from onward.data.stage import StageData
 
 
 @dataclass(frozen=True)
