@@ -316,16 +316,20 @@ def internvl(
         sentencepiece_files(directory, images=True)
         added = json.loads((directory / "added_tokens.json").read_text())
     else:
+        import tiny
         import tiny_vision
 
         words = tiny_vision.tokenizer("internvl")
+        words.chat_template = tiny.CHATML
         words.save_pretrained(directory)
         added = words.get_vocab()
     vocabulary = max(added.values()) + 1
     inner = text_config(vocab_size=vocabulary, **changes)
-    if text == "qwen2":
-        given = {k: v for k, v in inner.to_dict().items() if k not in ("model_type", "head_dim", "attention_bias")}
-        inner = transformers.Qwen2Config(**given)
+    if text != "internlm2":
+        left = ("model_type", "head_dim", "attention_bias", "pad_token_id")
+        given = {k: v for k, v in inner.to_dict().items() if k not in left}
+        kinds = {"qwen2": transformers.Qwen2Config, "phi3": transformers.Phi3Config}
+        inner = kinds[text](**given, pad_token_id=0)
     vision = transformers.InternVLVisionConfig(
         hidden_size=32, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4, image_size=[56, 56],
         patch_size=[14, 14], attention_bias=not six_b, use_qk_norm=six_b,
@@ -390,6 +394,10 @@ def internvl(
     }  # fmt: skip
     save(directory, tensors, given, dtype=dtype, shards=shards, pickled=pickled)
     return native
+
+
+def internvl_phi3(directory: Path, **changes):
+    return internvl(directory, text="phi3", **changes)
 
 
 SPECIAL = ["<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>"]

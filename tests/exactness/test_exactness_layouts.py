@@ -28,7 +28,10 @@ SEEING = {
     "data": "colours.jsonl",
 }
 QUANTISED = {**SEEING, "first": SEEING["first"].replace("mode: lora", "mode: qlora", 1)}
-VARIANTS = {"internlm2": TEXT, "qwen": TEXT, "internvl": SEEING, "qwen_vl": SEEING, "qwen_vl qlora": QUANTISED}
+VARIANTS = {
+    "internlm2": TEXT, "qwen": TEXT, "internvl": SEEING, "internvl_phi3": SEEING, "qwen_vl": SEEING,
+    "qwen_vl qlora": QUANTISED,
+}  # fmt: skip
 IN_CI = ("qwen", "qwen_vl")
 
 
@@ -44,7 +47,7 @@ def models(place: Path) -> Path:
         from onward.foreign.layouts.convert import import_model
         from onward.model.shapes import parameter_shapes
 
-        for kind in ("internlm2", "qwen", "internvl", "qwen_vl"):
+        for kind in {name.split()[0] for name in VARIANTS}:
             torch.manual_seed(0)
             getattr(legacy_models, kind)(place / "theirs" / kind, scale=None)
             import_model(place / "theirs" / kind, place / f"imported-{kind}", shapes_of=parameter_shapes)
@@ -87,7 +90,7 @@ def opened(base: Path, output: Path) -> None:
     assert any(not torch.equal(before[name], parameter) for name, parameter in after)
     names = {path.name for path in base.iterdir()} - {"model.safetensors", "onward-import.json"}
     assert all((base / name).read_bytes() == (output / name).read_bytes() for name in names)
-    for data in ("text.jsonl", "colours.jsonl") if base.name in ("internvl", "qwen_vl") else ("text.jsonl",):
+    for data in ("text.jsonl", "colours.jsonl") if "vl" in base.name else ("text.jsonl",):
         evaluate(str(output), [base.parent / data], ["loss", "exact_match"], limit=3, max_new_tokens=2)
 
 

@@ -206,6 +206,7 @@ VARIANTS = {
     ),
     "qwen-vl: 4 bits, three files": partial(legacy.qwen_vl, quantised=4, shards=3),
     "internvl: Qwen2 inside": partial(legacy.internvl, text="qwen2"),
+    "internvl: Phi-3 inside": partial(legacy.internvl_phi3),
     "internvl: one pickle, tied": partial(legacy.internvl, pickled=True, tie_word_embeddings=True),
 }  # fmt: skip
 
@@ -329,7 +330,7 @@ REFUSED = {
     "biases where Qwen2 has none": ("qwen", {"no_bias": False}, "no_bias"),
     "heads of another width": ("qwen", {"kv_channels": 8}, "kv_channels"),
     "the first pixel shuffle": ("internvl", {"ps_version": "v1"}, "ps_version"),
-    "another text model": ("internvl", {"llm_config": {"model_type": "phi3"}}, "phi3"),
+    "another text model": ("internvl", {"llm_config": {"model_type": "gemma"}}, "gemma"),
     "another depth than the weights": ("qwen", {"num_hidden_layers": 3}, "layers.2"),
     "another width than the weights": ("internlm2", {"intermediate_size": 96}, "80"),
     "tied in words only": ("internlm2", {"tie_word_embeddings": True}, "tie_word_embeddings"),

@@ -10,6 +10,7 @@ from typing import Any
 from onward.errors import InputError
 from onward.foreign.layouts.layout import Config, Converted, Layout, number, present
 from onward.foreign.layouts.rules import Part, Rows, Rule, rule
+from onward.foreign.layouts.sidecars import convert_text_tokenizer, write_generation_config
 
 
 def convert_config(config: Config, source: Path) -> Converted:
@@ -98,11 +99,8 @@ def rules(config: Config, here: str = "model", head: str = "lm_head", there: str
 
 
 def write_files(source: Path, out: Path, config: Config, converted: Config) -> list[str]:
-    from onward.foreign.layouts.sentencepiece import convert_tokenizer
-    from onward.foreign.layouts.sidecars import write_generation_config
-
     write_generation_config(source, out)
-    return convert_tokenizer(source, out)
+    return convert_text_tokenizer(source, out)
 
 
 INTERNLM2 = Layout("InternLM2", "LlamaForCausalLM", convert_config, rules, write_files)

@@ -1,28 +1,38 @@
-"""InternVL 1.5, 2, 2.5 and 3 chat → InternVLForConditionalGeneration, with InternLM2, Llama or Qwen2 inside.
+"""InternVL 1.5, 2, 2.5 and 3 chat → InternVLForConditionalGeneration, with InternLM2, Llama, Phi-3 or Qwen inside.
 
 The vision tower is InternViT: 300M (LayerNorm) or 6B (RMSNorm, normed queries and keys); its `qkv` is in plain thirds.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from onward.errors import InputError
 from onward.files import read_json, write_json
 from onward.foreign.layouts import internlm2
-from onward.foreign.layouts.layout import Config, Converted, Layout, must_be, number, present
+from onward.foreign.layouts.layout import DTYPE, Config, Converted, Layout, must_be, number, present
 from onward.foreign.layouts.rules import Rule, rule, thirds
-from onward.foreign.layouts.sidecars import token_ids, with_images, write_generation_config
+from onward.foreign.layouts.sidecars import (
+    convert_text_tokenizer,
+    token_ids,
+    with_images,
+    write_generation_config,
+)
 
 NATIVE_TEXT = {
     "llama": ("attention_bias", "mlp_bias", "head_dim"),
-    "qwen2": ("use_sliding_window", "sliding_window", "max_window_layers", "attention_dropout"),
+    "qwen2": ("use_sliding_window", "sliding_window", "max_window_layers"),
+    "qwen3": ("use_sliding_window", "sliding_window", "max_window_layers", "attention_bias", "head_dim"),
+    "phi3": ("original_max_position_embeddings", "embd_pdrop", "resid_pdrop"),
 }
+"""Language models that transformers has by the same names of tensors, and the keys that they have besides these:"""
 TEXT_KEYS = (
     "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache",
-    "rope_theta", "rope_scaling", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype",
+    "rope_theta", "rope_scaling", "rope_parameters", "attention_dropout", "bos_token_id", "eos_token_id",
+    "pad_token_id", *DTYPE,
 )  # fmt: skip
 IMAGE = "<IMG_CONTEXT>"
 NAMES = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": IMAGE, "video_token": IMAGE}
@@ -48,7 +58,9 @@ def convert_config(config: Config, source: Path) -> Converted:
     if IMAGE not in ids:
         raise InputError(f"its tokenizer has no {IMAGE}, which stands for the images", where=str(source))
     ratio = config.get("downsample_ratio", 0.5)
-    side = vision["image_size"][0] // vision["patch_size"][0]
+    side = _side(config) // vision["patch_size"][0]
+    if side * ratio % 1:
+        raise InputError(f"downsample_ratio: {side} patches a side are not whole tokens at {ratio}", where=where)
     converted = {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",
@@ -61,17 +73,21 @@ def convert_config(config: Config, source: Path) -> Converted:
         "vision_feature_layer": config.get("select_layer", -1),
         "vision_feature_select_strategy": "default",
         "tie_word_embeddings": tied,
-        **present(config, "torch_dtype"),
+        **present(config, *DTYPE),
     }
     return Converted(converted, (*limits, *more))
+
+
+def _side(config: Config) -> int:
+    """Of a tile, in pixels. Position embeddings of another size are resized by both models, in the same way."""
+    return int(config.get("force_image_size") or config["vision_config"].get("image_size", 224))
 
 
 def _vision(config: Config, where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     given = config.get("vision_config")
     if not isinstance(given, dict):
         raise InputError("has no vision_config", where=where)
-    size, patch = config.get("force_image_size") or given.get("image_size", 224), given.get("patch_size", 14)
-    must_be(given, "image_size", size, f"the position embeddings are resized to force_image_size {size}", where)
+    size, patch = given.get("image_size", 224), given.get("patch_size", 14)
     normed, eps = bool(given.get("qk_normalization", True)), given.get("layer_norm_eps", 1e-6)
     if normed and eps != 1e-6:
         raise InputError(f"layer_norm_eps: {eps}: queries and keys are normed with 1e-6 in transformers", where=where)
@@ -115,9 +131,39 @@ def _text(config: Config, source: Path) -> tuple[dict[str, Any], tuple[str, ...]
             "compared with their own code",
             where=where,
         )
-    return present(given, *TEXT_KEYS, *NATIVE_TEXT[kind]) | {
-        "tie_word_embeddings": bool(given.get("tie_word_embeddings", False))
-    }, ()
+    text = {key: given[key] for key in (*TEXT_KEYS, *NATIVE_TEXT[kind]) if key in given}
+    text["tie_word_embeddings"] = bool(given.get("tie_word_embeddings", False))
+    return (text, ()) if kind != "phi3" else _phi3(text, given, where)
+
+
+def _phi3(text: dict[str, Any], given: Config, where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Phi-3's ropes by the one name that transformers has for them now, and its window of attention.
+
+    `su` is LongRoPE; `yarn` differs from it in the size of the vectors alone. A token used to see `sliding_window` more
+    behind itself; now it is counted too.
+    """
+    limits: tuple[str, ...] = ()
+    longest = number(text, "max_position_embeddings", where)
+    if scaling := text.get("rope_scaling"):
+        kind, original = (
+            scaling.get("type", scaling.get("rope_type")),
+            text.get("original_max_position_embeddings", 4096),
+        )
+        if kind not in ("su", "longrope", "yarn"):
+            raise InputError(f"rope_scaling: {scaling!r}: of Phi-3 su, longrope and yarn are known", where=where)
+        factors = {key: scaling[key] for key in ("short_factor", "long_factor")}
+        text["rope_scaling"] = {"type": "longrope", "rope_type": "longrope", **factors}
+        if kind == "yarn":
+            text["rope_scaling"]["attention_factor"] = 0.1 * math.log(max(longest / original, 1)) + 1
+        limits += (
+            f"generation past {original} tokens: what was cached before that keeps the shorter rope; whole inputs have "
+            "the right one",
+        )
+    if window := given.get("sliding_window"):
+        text["sliding_window"] = window + 1
+        if window < longest:
+            limits += (f"beyond {window} tokens: some versions of the original's attention see one token less",)
+    return text, limits
 
 
 def rules(config: Config) -> tuple[Rule, ...]:
@@ -155,7 +201,7 @@ def rules(config: Config) -> tuple[Rule, ...]:
 
 
 def write_files(source: Path, out: Path, config: Config, converted: Config) -> list[str]:
-    size, patches = converted["vision_config"]["image_size"][0], config.get("max_dynamic_patch", 6)
+    size, patches = _side(config), config.get("max_dynamic_patch", 6)
     tiled = bool(config.get("dynamic_image_size", False))
     given = read_json(source / "preprocessor_config.json") if (source / "preprocessor_config.json").is_file() else {}
     image_processor = {
@@ -180,7 +226,7 @@ def write_files(source: Path, out: Path, config: Config, converted: Config) -> l
         {"processor_class": "InternVLProcessor", "image_seq_length": converted["image_seq_length"]},
     )
     write_generation_config(source, out)
-    notes = _tokenizer(source, out, config)
+    notes = convert_text_tokenizer(source, out)
     tokenizer = read_json(out / "tokenizer_config.json")
     write_json(out / "tokenizer_config.json", {**tokenizer, "extra_special_tokens": NAMES})
     template = out / "chat_template.jinja"
@@ -190,16 +236,6 @@ def write_files(source: Path, out: Path, config: Config, converted: Config) -> l
         return [*notes, "one tile an image: its configuration has dynamic_image_size off"]
     thumbnail = bool(config.get("use_thumbnail", False))
     return notes if thumbnail else [*notes, "it has use_thumbnail off; here an image of several tiles gets one"]
-
-
-def _tokenizer(source: Path, out: Path, config: Config) -> list[str]:
-    if config["llm_config"]["model_type"] == "internlm2":
-        from onward.foreign.layouts.sentencepiece import convert_tokenizer
-
-        return convert_tokenizer(source, out)
-    from onward.foreign.layouts.sidecars import save_native_tokenizer
-
-    return save_native_tokenizer(source, out)
 
 
 INTERNVL = Layout("InternVL chat", "InternVLForConditionalGeneration", convert_config, rules, write_files, DISK)

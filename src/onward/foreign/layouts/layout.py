@@ -12,6 +12,8 @@ from onward.errors import InputError
 from onward.foreign.layouts.rules import Rule
 
 Config = Mapping[str, Any]
+DTYPE = ("torch_dtype", "dtype")
+"""The keys of the type that a model was saved in, of older and newer versions of transformers."""
 
 
 @dataclass(frozen=True)

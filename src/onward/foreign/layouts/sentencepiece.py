@@ -1,7 +1,8 @@
-"""`tokenizer.model` of sentencepiece (BPE with byte fallback, as InternLM2 has it) → tokenizer.json.
+"""`tokenizer.model` of sentencepiece (BPE with byte fallback, as InternLM2, Llama and Phi-3 have it) → tokenizer.json.
 
 `tokenizer_config.json` lays names over the pieces `[UNUSED_TOKEN_n]` and adds tokens after the vocabulary; the original
-tokenizer puts `<s>` in front.
+tokenizer puts `<s>` in front. Where its vocabulary wants a space before a text, each text between added tokens gets
+one; a Llama's tokenizer that says `legacy: false` puts one before the first alone.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from onward.errors import DamageError, InputError
 from onward.files import read_json, write_json
-from onward.foreign.layouts.sidecars import added_token
+from onward.foreign.layouts.sidecars import added_token, stated_template
 
 FILE = "tokenizer.model"
 SPACE = "▁"
@@ -42,7 +43,12 @@ def convert_tokenizer(source: Path, out: Path) -> list[str]:
             raise InputError(f"added token {token['content']} has id {number}, with a gap before it", where=str(source))
     ids = {piece: number for number, piece in enumerate(pieces)} | {t["content"]: n for n, t in added.items()}
     unknown = next((piece.piece for piece in model.pieces if piece.type == UNKNOWN), None)
-    prefix = model.normalizer_spec.add_dummy_prefix
+    prefix, words, notes = bool(model.normalizer_spec.add_dummy_prefix), None, []
+    if given.get("legacy") is False:
+        prefix = bool(given.get("add_prefix_space", True))
+        scheme = "first" if prefix else "never"
+        words = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
+        notes = ["a text that begins with a space gets no second one in front, as its own tokenizer would give it"]
     write_json(
         out / "tokenizer.json",
         {
@@ -50,8 +56,11 @@ def convert_tokenizer(source: Path, out: Path) -> list[str]:
             "truncation": None,
             "padding": None,
             "added_tokens": [{"id": number, **token} for number, token in sorted(added.items())],
-            "normalizer": {"type": "Sequence", "normalizers": _normalizers(model.normalizer_spec)},
-            "pre_tokenizer": None,
+            "normalizer": {
+                "type": "Sequence",
+                "normalizers": _normalizers(model.normalizer_spec, prefix=prefix and not words),
+            },
+            "pre_tokenizer": words,
             "post_processor": _around(given, ids, source),
             "decoder": {
                 "type": "Sequence",
@@ -88,11 +97,11 @@ def convert_tokenizer(source: Path, out: Path) -> list[str]:
             "clean_up_tokenization_spaces": False,
         },
     )
-    template = given.get("chat_template") or (TEMPLATE if "<|im_start|>" in ids else None)
+    template = stated_template(source, given) or (TEMPLATE if "<|im_start|>" in ids else None)
     if not template:
-        return ["it has no chat template, and no tokens of InternLM2's own: put one into chat_template.jinja"]
+        return [*notes, "it has no chat template, and no tokens of InternLM2's own: put one into chat_template.jinja"]
     (out / "chat_template.jinja").write_text(template)
-    return []
+    return notes
 
 
 def _read(path: Path) -> Any:
@@ -136,7 +145,7 @@ def _added(source: Path, given: Mapping[str, Any], model: Any) -> dict[int, dict
     return dict(sorted(added.items()))
 
 
-def _normalizers(spec: Any) -> list[dict[str, Any]]:
+def _normalizers(spec: Any, *, prefix: bool) -> list[dict[str, Any]]:
     def replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
         return {"type": "Replace", "pattern": pattern, "content": content}
 
@@ -146,7 +155,7 @@ def _normalizers(spec: Any) -> list[dict[str, Any]]:
     ]
     return [
         *(extra if spec.remove_extra_whitespaces else []),
-        *([{"type": "Prepend", "prepend": SPACE}] if spec.add_dummy_prefix else []),
+        *([{"type": "Prepend", "prepend": SPACE}] if prefix else []),
         replace({"String": " "}, SPACE),
     ]
 

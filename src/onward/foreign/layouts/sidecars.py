@@ -66,13 +66,36 @@ def with_images(template: str, image: str) -> str:
     )
 
 
-def save_native_tokenizer(source: Path, out: Path) -> list[str]:
-    """A tokenizer that transformers itself has, saved with its tokenizer.json. InputError where it cannot be loaded."""
+def stated_template(source: Path, given: Mapping[str, Any]) -> str | None:
+    """The chat template of a directory: in a file of its own, or in its tokenizer_config.json (`given`)."""
+    if (source / "chat_template.jinja").is_file():
+        return (source / "chat_template.jinja").read_text()
+    template = given.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = next((item["template"] for item in template if item["name"] == "default"), None)
+    return template or None
+
+
+def convert_text_tokenizer(source: Path, out: Path) -> list[str]:
+    """A language model's tokenizer as tokenizer.json, and notes: from tokenizer.model where there is one, whatever the
+    class that a configuration names makes of it; else from its tokenizer.json, or as transformers reads its files.
+
+    InputError where there is none that can be read.
+    """
+    if (source / "tokenizer.model").is_file():
+        from onward.foreign.layouts.sentencepiece import convert_tokenizer
+
+        return convert_tokenizer(source, out)
     import transformers
 
+    whole = (source / "tokenizer.json").is_file()
+    kind = transformers.PreTrainedTokenizerFast if whole else transformers.AutoTokenizer
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False, local_files_only=True)
+        tokenizer = kind.from_pretrained(source, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers raises a dozen kinds for a missing or foreign file
         raise InputError(f"its tokenizer cannot be loaded ({error})", where=str(source)) from error
     tokenizer.save_pretrained(out)
+    if whole:  # a class of that name builds its own normaliser from the vocabulary
+        config = read_json(out / "tokenizer_config.json")
+        write_json(out / "tokenizer_config.json", {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
     return [] if tokenizer.chat_template else ["it has no chat template: put one into chat_template.jinja"]
