@@ -284,7 +284,9 @@ def test_an_internvl_of_xtuner_s_goes_on(tmp_path):
     }
     torch.save(value, tmp_path / "iter_6.pth")
     assert inspect(tmp_path / "iter_6.pth").continues_exactly
-    bring(tmp_path, tmp_path)
+    bring(
+        tmp_path, tmp_path, accept=("data_order", "precision", "schedule")
+    )  # bf16 moments; a schedule that says little
     found = onward.load(tmp_path / "run/stages/1-sft/checkpoints/step-000006")
     ours = found.weights()
     for name, number in projector.items():

@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that spin while they wait slow each other down several times as soon as a core has other work to do;
     # on an idle machine sleeping costs a few per cent. Read by OpenMP when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # PEFT imports it, and it warns of kernels not used here
+    # PEFT imports both: they warn of kernels and devices not used here. DeepSpeed sets its level, and writes to stdout.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").addFilter(_is_error)
     try:
         status = _command(words)
         sys.stdout.flush()
@@ -55,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "free some space, then run the same command again: what was committed is whole" if is_full else None
         return _report(OnwardError(error.strerror or str(error), where=where, hint=hint), as_json="--json" in words)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _command(words: list[str]) -> int:

@@ -11,7 +11,8 @@ from onward.foreign.description import count_dtypes
 from onward.foreign.layouts import is_foreign
 from onward.foreign.stored import Lazy
 
-LORA = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.default)?(?:\.weight)?$")
+MAGNITUDE = "magnitude_vector"  # DoRA's, which PEFT has as a module in memory and as a tensor on disk
+LORA = re.compile(rf"\.lora_(?:embedding_)?([AB]|{MAGNITUDE})(?:\.default)?(?:\.weight)?$")
 FUSED = re.compile(r"\.(?:(c_attn|wqkv)|encoder\.layers\.\d+\.attn\.(qkv))\.lora_")
 PARTS = (  # the first that fits a name
     ("projector", r"(^|\.)(projector|mm_projector|multi_modal_projector|mlp1|merger|attn_pool)\."),

@@ -6,10 +6,21 @@ from pathlib import Path
 
 from onward.errors import DamageError, InputError
 from onward.files import read_json
-from onward.foreign import dcp, deepspeed, huggingface, mmengine, parts, peft, single_file, trainer, zero
+from onward.foreign import (
+    dcp,
+    deepspeed,
+    huggingface,
+    mmengine,
+    parts,
+    peft,
+    single_file,
+    trainer,
+    trainer_training,
+)
 from onward.foreign.description import Description
 from onward.foreign.layouts import describe as layouts
 from onward.foreign.stored import open_file, stored_in
+from onward.foreign.trainer_files import STEMS
 from onward.foreign.training import ForeignTraining
 
 KINDS = (
@@ -29,7 +40,7 @@ def describe(path: Path) -> Description | None:
     return next((found for recognise in KINDS if (found := recognise(path))), None)
 
 
-TRAININGS = (trainer.open_training, zero.open_training, mmengine.open_training)
+TRAININGS = (trainer_training.open_training, deepspeed.open_training, mmengine.open_training)
 
 
 def open_training(path: Path) -> ForeignTraining:
@@ -40,7 +51,7 @@ def open_training(path: Path) -> ForeignTraining:
     for opened in TRAININGS:
         if found := opened(path):
             return found
-    stored = open_file(path) if path.is_file() else stored_in(path, trainer.STEMS)
+    stored = open_file(path) if path.is_file() else stored_in(path, STEMS)
     tensors = stored if isinstance(stored, dict) else stored.tensors
     if not isinstance(stored, dict) and stored.problems:
         raise DamageError(stored.problems[0], where=str(path))

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from onward.errors import InputError
-from onward.foreign.contents import LORA
+from onward.foreign.contents import LORA, MAGNITUDE
 from onward.weights.lora import PREFIX
 
 WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")
@@ -41,6 +41,6 @@ def onward_name(name: str, to_canonical: Callable[[str], str], where: str) -> st
     inner = name.removeprefix(PREFIX)
     if match := LORA.search(inner):
         layer = to_canonical(f"{inner[: match.start()]}.weight").removesuffix(".weight")
-        return f"{PREFIX}{layer}.lora_{match[1]}.weight"
+        return f"{PREFIX}{layer}.lora_{match[1]}" + ("" if match[1] == MAGNITUDE else ".weight")
     inner = re.sub(r"\.modules_to_save\.default\.|\.base_layer\.", ".", inner)
     return to_canonical(inner)

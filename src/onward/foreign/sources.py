@@ -12,7 +12,7 @@ from typing import Any
 from onward.checkpoint.save import ADAPTER_CONFIG, Adapter
 from onward.errors import InputError, PlanError
 from onward.files import read_json
-from onward.foreign import deepspeed, llava, xtuner
+from onward.foreign import llava, xtuner, zero_files
 from onward.foreign.known import open_training
 from onward.foreign.pickles import LazyTensor, is_pickle, open_pickle, state_dict_of
 from onward.foreign.pieces import WhenAsked, any_adapter, file_pieces, has_weights, lazy_pieces, model_pieces
@@ -66,9 +66,9 @@ def _open_directory(path: Path) -> Source:
         if llava.is_llava(pieces):
             return Source(path, config, _by_module(pieces, llava.own_name))
         return Source(path, config, {"": pieces}, is_xtuner=config.get("model_type") == "projector")
-    if shards := deepspeed.find(path):
+    if shards := zero_files.find(path):
         training = open_training(path)  # the fp32 masters, where they are
-        return _trained(path, lazy_pieces(training.weights, path), _settings(deepspeed.open_zero(shards).model, path))
+        return _trained(path, lazy_pieces(training.weights, path), _settings(zero_files.open_zero(shards).model, path))
     raise PlanError(
         "holds no weights that a model can be put together from",
         where=str(path),

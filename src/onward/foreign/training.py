@@ -15,12 +15,16 @@ if TYPE_CHECKING:
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam: what onward's optimizer has, beside `step`
 
 
+Slots = Mapping[str, Lazy | int | float]  # what an optimizer remembers of one parameter
+
+
 @dataclass(frozen=True)
 class Numbered:
     """One group of a torch optimizer's state_dict: its members by number, in the order of the tool's model."""
 
     members: tuple[int, ...]
     weight_decay: float | None
+    learning_rate: float | None
 
 
 @dataclass(frozen=True)
@@ -29,30 +33,44 @@ class ForeignTraining:
 
     `weights` are by the tool's names, in the best precision that there is. The optimizer's state is by number where the
     tool numbers parameters (`states`, with `groups` that say which numbers belong together), and by the same names
-    otherwise (`moments`, with `step` beside the two moments; `decays`: the weight decay of each). `learning_rates`: of
-    step `step + 1` and after, as far as the source tells; `settings`: what it states of the training, by onward's keys
-    of a stage. `loss` says how it forms a step's loss, where that is another than onward's; `epoch` where it stands in
-    the data. `adapter` is PEFT's configuration, `config` XTuner's. `unused`: weights that no gradient reached.
+    otherwise (`moments`; `decays`, `peaks`: the weight decay and the highest learning rate of each). `optimizers` are
+    those of a plan that go on from it; `unread` says why none does. `learning_rates`: of the first group, of step
+    `step + 1` and after, as far as the source tells; `later_rates`: of some steps further on. `settings`: what it
+    states of the training, by onward's keys of a stage. `otherwise`: (key, what the source has) for what onward cannot
+    have. `epoch` where it stands in the data; `loss_scale` of fp16, with the steps done at it. `adapter` is PEFT's
+    configuration, `config` XTuner's. `unused`: weights that no gradient reached.
     """
 
     tool: str
     step: int
     weights: Mapping[str, Lazy]
-    states: Mapping[int, Mapping[str, Lazy]] = field(default_factory=dict)
+    states: Mapping[int, Slots] = field(default_factory=dict)
     groups: Sequence[Numbered] = ()
-    moments: Mapping[str, Mapping[str, Lazy]] = field(default_factory=dict)
+    moments: Mapping[str, Slots] = field(default_factory=dict)
     decays: Mapping[str, float] = field(default_factory=dict)
+    peaks: Mapping[str, float] = field(default_factory=dict)
+    optimizers: tuple[str, ...] = ("adamw",)
+    unread: str | None = None
     learning_rates: Sequence[float] = ()
+    later_rates: Mapping[int, float] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    otherwise: Sequence[tuple[str, str]] = ()
     adapter: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     loss: str | None = None
     epoch: float | None = None
+    loss_scale: tuple[float, int] | None = None
     unused: Sequence[str] = ()
 
     @property
     def has_optimizer(self) -> bool:
-        return bool(self.states or self.moments)
+        """Can its optimizer go on? SGD without momentum needs no state for that."""
+        return bool(self.states or self.moments or self.optimizers == ("sgd",))
+
+    @property
+    def lacks(self) -> str | None:
+        """What of the optimizer is missing; None where nothing is."""
+        return None if self.has_optimizer else self.unread or "the optimizer's state"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from onward.checkpoint.manifest import Manifest, write_file, write_manifest
 from onward.checkpoint.removal import clear_unfinished
@@ -23,7 +23,7 @@ from onward.files import committed_directory, digest_bytes, digest_file, require
 from onward.foreign.contents import is_adapter
 from onward.foreign.known import open_training
 from onward.foreign.stored import Lazy
-from onward.foreign.training import ForeignTraining
+from onward.foreign.training import MOMENTS, ForeignTraining
 from onward.model.directory import ModelDirectory
 from onward.model.selection import LoraLayer, Selection
 from onward.plan.load import load_plan
@@ -40,6 +40,9 @@ from onward.runs.resolve import Resolved, resolve, select_from
 from onward.train.progress import Progress
 from onward.weights.merge import merge, merge_bytes
 from onward.weights.shards import model_shards
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,8 @@ def import_training(
         _require_same_base(matched.frozen, resolved.model, source)
         _require_steps_left(training, inputs[stage.name].total_steps, source)
         told = tuple(differences(training, matched, stage, selection, inputs[stage.name].horizon))
+    elif training.unread:
+        told = (Declared(key="optimizer", before=training.unread, after="a new one: the stage starts from weights"),)
     command = ["onward", "run", str(plan), *overrides, "--run", str(new)]
     _require_accepted(
         told, accept, ["onward", "import", str(source), "--plan", str(plan), "--run", str(new), *overrides]
@@ -134,7 +139,7 @@ def import_training(
         else:
             lock, carried = _from_weights(training, resolved, lock, run, str(source))
         write_lock(run.lock, lock)
-    rates = next_rates(training, selection, inputs[stage.name].horizon) if matched else []
+    rates = next_rates(training, matched, selection, inputs[stage.name].horizon) if matched else []
     return ImportReport(
         run=str(new),
         run_id=lock.run_id,
@@ -240,11 +245,15 @@ def _checkpoint(
     stage, family = resolved.stages[0].plan, resolved.model.family
     directory = run.checkpoints(resolved.names, stage.name) / checkpoint_name(training.step)
     weights = {name: tensor.read().to(torch.float32) for name, tensor in matched.weights.items()}
-    state = {
-        (name, slot): tensor.read().to(torch.float32)
-        for name, slots in matched.state.items()
-        for slot, tensor in slots.items()
-    }
+    state: dict[tuple[str, str], torch.Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for name, slots in matched.state.items():
+        for slot, value in slots.items():
+            if isinstance(value, int | float):
+                values.setdefault(name, {})[slot] = value
+            else:
+                tensor = value.read()
+                state[name, slot] = tensor.to(torch.float32) if _is_half(tensor, slot) else tensor
     seen = inputs.data.seen(training.step, stage.batch_size)
     base = base_name(resolved.model.path, directory, run.path)
     adapter = {name: tensor for name, tensor in weights.items() if is_adapter(name)}
@@ -260,7 +269,8 @@ def _checkpoint(
         adapter=Adapter(lora_config(selection.lora, base), adapter, quantisation) if adapter else None,
         optimizer=state,
         optimizer_name=stage.optimizer.name,
-        progress=Progress(step=training.step, samples=seen).to_json(),
+        optimizer_values={"parameters": values},
+        progress=_progress(training, stage.precision, seen).to_json(),
         environment=lock.environment,
     )
     directory.parent.mkdir(parents=True)
@@ -268,9 +278,28 @@ def _checkpoint(
     bare = len(weights) - len(matched.state)
     return [
         f"{len(weights)} trained tensors" + (f", {len(adapter)} of them of adapters" if adapter else ""),
-        f"both moments and the step count of {len(matched.state)}"
+        f"{_slots(matched)} of {len(matched.state)}"
         + (f" ({bare} had no gradient in the source either)" if bare else ""),
     ]
+
+
+def _slots(matched: Matched) -> str:
+    slots = {slot for state in matched.state.values() for slot in state}
+    return "both moments and the step count" if slots == {*MOMENTS, "step"} else ", ".join(sorted(slots)) or "no state"
+
+
+def _is_half(tensor: torch.Tensor, slot: str) -> bool:
+    """Is it kept in fp32 here? Counts of steps are, and what a tool keeps in the type of its weights."""
+    import torch
+
+    return tensor.dtype in (torch.float16, torch.bfloat16) or slot == "step"
+
+
+def _progress(training: ForeignTraining, precision: str, samples: int) -> Progress:
+    progress = Progress(step=training.step, samples=samples)
+    if training.loss_scale and precision == "fp16":
+        progress.loss_scale, progress.steps_at_scale = training.loss_scale
+    return progress
 
 
 def _from_weights(
