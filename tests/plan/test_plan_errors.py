@@ -95,7 +95,7 @@ def test_a_mistake_in_defaults_is_said_once_even_when_every_stage_replaces_it(co
         (("{mode: full}", "{mode: lora, targets: [1]}"), "plan.yaml:4: stages.sft.train.language_model.targets: must be all-linear or a list, each a text, not [1]"),
         (("train: {language_model: {mode: full}}", "train: {}"), "plan.yaml:4: stages.sft.train: must be a mapping that is not empty, not a mapping"),
         (("name: sft", "name: a/b"), "plan.yaml:3: stages.a/b.name: must be a name of at most 64 letters, digits, _ and -, not 'a/b'"),
-        (("model: m\n", ""), "plan.yaml:1: model: missing: must be a text or a mapping with the keys family, language_model, vision_tower, projector, image_token, vision_feature_layer, vision_feature_select_strategy, projector_hidden_act, image_processor, precision"),
+        (("model: m\n", ""), "plan.yaml:1: model: missing: must be a text or a mapping with the keys family, language_model, vision_tower, projector, image_token, vision_feature_layer, vision_feature_select_strategy, projector_hidden_act, image_aspect_ratio, image_processor, precision"),
         (("epochs: 1\n", "epochs: 1\n  - {name: sft, train: {x: {mode: full}}, data: b, epochs: 1}\n"), "plan.yaml:1: stage names must differ: sft"),
     ],
 )  # fmt: skip

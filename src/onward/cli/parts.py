@@ -26,7 +26,7 @@ def add_commands(commands: Commands) -> None:
         "parts", metavar="MODULE=PATH", nargs="*", help="language_model, vision_tower and projector: where each lies"
     )
     parser.add_argument("--base", metavar="B", help="a whole model, of which the given modules take the place")
-    parser.add_argument("--family", metavar="F", help="without --base: llava (default) or internvl")
+    parser.add_argument("--family", metavar="F", help="without --base: llava (default), llava_next or internvl")
     parser.add_argument("--adapter", metavar="MODULE=PATH", action="append", default=[], help="trained over the module")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="what no part states")
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of all tensors; default each keeps its own")

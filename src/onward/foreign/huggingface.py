@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from onward.files import read_json
+from onward.foreign import llava
 from onward.foreign.contents import weights_facts
 from onward.foreign.description import Description
 from onward.foreign.pieces import GPTQ
@@ -25,6 +26,7 @@ def recognise(path: Path) -> Description | None:
     is_pickled = any(file.suffix == ".bin" for file in stored.files)
     if not stored.files and not problems:
         problems.append("holds no weights, neither in safetensors nor in pytorch_model.bin")
+    is_llava = llava.is_llava_config(config)
     has_tokenizer = (path / "tokenizer.json").is_file() or (path / "tokenizer.model").is_file()
     template = any((path / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
     if not template and (path / "tokenizer_config.json").is_file():
@@ -34,6 +36,9 @@ def recognise(path: Path) -> Description | None:
     if "quantization_config" in config or (path / "quantize_config.json").is_file():
         problems.append("its weights are quantised already: what was rounded away cannot be trained or merged")
     incomplete = any("incomplete" in problem or "truncated" in problem for problem in problems)
+    next_command = _next(path, config.get("model_type"), is_pickled=is_pickled)
+    if is_llava:
+        next_command = llava.assemble_command(str(path), config, stored.tensors)
     facts = {
         "model type": config.get("model_type", "not stated"),
         "architecture": config.get("architectures") or "not stated",
@@ -48,12 +53,12 @@ def recognise(path: Path) -> Description | None:
     return Description(
         str(path),
         "model",
-        "transformers",
+        "LLaVA, layout of its own" if is_llava else "transformers",
         facts,
         missing=("an optimizer, a schedule and a position in the data: this is a model, training starts from it",),
         problems=tuple(problems),
         likely_cause="the download or copy was cut short" if incomplete else None,
-        next_command=None if problems else _next(path, config.get("model_type"), is_pickled=is_pickled),
+        next_command=None if problems else next_command,
     )
 
 

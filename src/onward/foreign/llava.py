@@ -5,6 +5,7 @@ stage, and its model directories, in which the projector lies among the language
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from onward.errors import InputError
 
 VISION = r"(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?"
 PROJECTOR = r"(?:model\.)?mm_projector\."
+NEWLINE = "image_newline"  # of LLaVA-NeXT (1.6): what stands at the end of a row of patches
 WRAPPER = r"^(?:base_model\.model\.)?"  # PEFT's, which non_lora_trainables.bin has in its names
 
 
@@ -23,6 +25,8 @@ def is_llava(names: Iterable[str]) -> bool:
 def own_name(name: str) -> tuple[str, str]:
     """Module of a tensor, and its name there."""
     bare = re.sub(WRAPPER, "", name)
+    if bare == f"model.{NEWLINE}":
+        return "projector", NEWLINE
     for pattern, module in ((PROJECTOR, "projector"), (VISION, "vision_tower")):
         if match := re.match(pattern, bare):
             return module, ("mm_projector." if module == "projector" else "") + bare[match.end() :]
@@ -36,11 +40,26 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
         stated["vision_feature_layer"] = layer
     if feature := config.get("mm_vision_select_feature", "patch" if stated else None):
         stated["vision_feature_select_strategy"] = {"patch": "default", "cls_patch": "full"}[feature]
+    if aspect := config.get("image_aspect_ratio"):
+        stated["image_aspect_ratio"] = aspect
+    if isinstance(grids := config.get("image_grid_pinpoints"), list):
+        stated["image_grid_pinpoints"] = grids
     return stated
 
 
 def is_llava_config(config: Mapping[str, Any]) -> bool:
     return "mm_projector_type" in config or "mm_vision_tower" in config or "mm_hidden_size" in config
+
+
+def assemble_command(directory: str, config: Mapping[str, Any], names: Iterable[str]) -> str:
+    """What makes a directory of LLaVA's own, with tensors of these names, a model that transformers has: its vision
+    tower lies elsewhere, and is replaced where the directory holds one that was trained.
+    """
+    own = {own_name(name) for name in names}
+    parts = [f"language_model={directory}", f"vision_tower={config.get('mm_vision_tower') or 'CLIP'}"]
+    parts += [f"projector={directory}", *(("--family", "llava_next") if ("projector", NEWLINE) in own else ())]
+    trained = ["--adapter", f"vision_tower={directory}"] if any(module == "vision_tower" for module, _ in own) else []
+    return f"onward assemble {shlex.join([*parts, *trained])} --out DIR"
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -70,6 +89,8 @@ def projector_names(names: Iterable[str], where: str) -> dict[str, str]:
     InputError for a projector of another depth than two, with the reason.
     """
     names = list(names)
+    if NEWLINE in names:
+        return {NEWLINE: NEWLINE, **projector_names([name for name in names if name != NEWLINE], where)}
     if all(name in INTERNVL for name in names):
         return {name: INTERNVL[name] for name in names}
     own = [re.sub(r"^(?:model\.)?multi_modal_projector\.", "", name) for name in names]

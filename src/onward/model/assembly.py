@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from onward.checkpoint.tensorfile import TORCH_NAMES, FileRecord
 from onward.errors import InputError, PlanError
-from onward.files import committed_directory, digest_file, require_space
+from onward.files import committed_directory, digest_file, read_json, require_space
 from onward.foreign import llava
 from onward.foreign.converted import converted
 from onward.foreign.layouts import Layout, layout_of
@@ -78,6 +78,7 @@ def _from_parts(request: Request, out: Path) -> AssemblyReport:
     images = request.modules["vision_tower"]
     if "image_processor" in request.settings:
         images = Path(shop.settings.get("image_processor", ""))
+    aspect = shop.settings.get("image_aspect_ratio", wholes.AS_IT_IS)
     shop.settings.check_all_used()
     size = sum(spec.nbytes for spec in specs_of([Part(m, p) for m, p in parts.items()], request.dtype).values())
     require_space(out, size, "the assembled model")
@@ -88,14 +89,14 @@ def _from_parts(request: Request, out: Path) -> AssemblyReport:
             layout.files(source.path, unfinished, source.config, text_values)
         config.image_token_id = wholes.add_image_token(unfinished, token)
         parts["language_model"] = _with_rows(text, config.text_config, config.image_token_id + 1, token)
-        config.architectures = [wholes.CLASSES[family]]
+        config.architectures = [f"{wholes.CLASSES[family]}ForConditionalGeneration"]
         expected = parameter_shapes(config.to_dict())
         parts["language_model"] = without_tied_head(parts["language_model"], expected, shop.left_out)
         check_assignment(expected, [Part(m, {in_memory(m, n): p for n, p in ps.items()}) for m, ps in parts.items()])
-        wholes.write_image_files(family, images, unfinished, config, token)
+        wholes.write_image_files(family, images, unfinished, config, token, aspect)
         shop.settings.assumed["chat template"] = wholes.write_chat_template(unfinished, token)
         prefixes = _on_disk(config.vision_config.model_type)
-        written = [Part(m, {prefixes[m] + n: p for n, p in ps.items()}) for m, ps in parts.items()]
+        written = [Part(m, {_disk_name(prefixes[m], n): p for n, p in ps.items()}) for m, ps in parts.items()]
         config.dtype = main_dtype(written, request.dtype)
         config.save_pretrained(unfinished)
         return finished(unfinished, shop, written)
@@ -167,8 +168,13 @@ def _projector(shop: Workshop) -> dict[str, Piece]:
     shop.settings.stated |= {key: source.config[key] for key in known if key in source.config}
     if source.is_xtuner:  # it leaves the first patch out, whether the tower has a class token or not
         shop.settings.stated.setdefault("vision_feature_select_strategy", "default")
-    if isinstance(act := source.config.get("hidden_act"), str):  # XTuner's word
+    if source.is_xtuner and isinstance(
+        act := source.config.get("hidden_act"), str
+    ):  # its word; LLaVA's is the decoder's
         shop.settings.stated["projector_hidden_act"] = act
+    beside = path.parent / "config.json"
+    if path.is_file() and beside.is_file() and llava.is_llava_config(values := read_json(beside)):
+        shop.settings.stated |= llava.settings_of(values)
     pieces = source.pieces("projector")
     names = llava.projector_names(pieces, str(path))
     own = renamed(pieces, names.__getitem__)
@@ -230,7 +236,11 @@ def in_memory(module: str, name: str) -> str:
     """The canonical name of a part's tensor."""
     if module == "language_model":
         return re.sub(r"^model\.", "model.language_model.", name)
-    return IN_MEMORY[module] + name
+    return f"model.{name}" if name == llava.NEWLINE else IN_MEMORY[module] + name
+
+
+def _disk_name(prefix: str, name: str) -> str:
+    return name if name == llava.NEWLINE else prefix + name
 
 
 def _on_disk(vision_type: str) -> dict[str, str]:

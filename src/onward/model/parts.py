@@ -8,6 +8,7 @@ weights and biases, from (seed, "projector", name).
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +18,12 @@ from onward.cache import cache_directory, cached_digest
 from onward.checkpoint.tensorfile import write_tensors
 from onward.errors import InputError
 from onward.files import canonical_json, digest_bytes, read_json
+from onward.foreign.llava import is_llava_config
 from onward.randomness import derive
 from onward.weights.shards import SINGLE, model_shards
 from onward.weights.sidecars import sidecars
 
-FORM = 1
+FORM = 2
 """Changes when the same parts begin to give other bytes."""
 NEW = ("projector", "new")
 """What a plan says of a projector that is to be drawn."""
@@ -64,12 +66,14 @@ def whole_model(
 
 
 def part_files(path: Path) -> list[Path]:
-    """The files of a part that decide about the whole: weights and what lies beside them; or itself, if it is one.
+    """The files of a part that decide about the whole: weights and what lies beside them; or itself, if it is one, with
+    LLaVA's configuration beside it.
 
     InputError where there is nothing.
     """
     if path.is_file():
-        return [path]
+        beside = path.parent / "config.json"
+        return [path, beside] if beside.is_file() and is_llava_config(read_json(beside)) else [path]
     if not path.is_dir():
         raise InputError("no such file or directory", where=str(path))
     weights = [shard.path for shard in model_shards(path)] if (path / "config.json").is_file() else []
@@ -77,7 +81,7 @@ def part_files(path: Path) -> list[Path]:
 
 
 def _content(path: Path) -> dict[str, str]:
-    return {file.relative_to(path).as_posix(): cached_digest(file) for file in part_files(path)}
+    return {Path(os.path.relpath(file, path)).as_posix(): cached_digest(file) for file in part_files(path)}
 
 
 def _projector_shapes(

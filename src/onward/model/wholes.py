@@ -8,19 +8,22 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from onward.errors import InputError, PlanError
-from onward.files import write_json
-from onward.foreign.layouts.sidecars import with_images
+from onward.files import read_json, write_json
+from onward.foreign.layouts.sidecars import convert_text_tokenizer, with_images
 from onward.model.workshop import Settings
-from onward.weights.sidecars import sidecars
+from onward.weights.sidecars import TOKENIZER, sidecars
 
 NOT_OF_A_PART = (
     "architectures", "auto_map", "transformers_version", "_name_or_path", "_commit_hash", "torch_dtype", "dtype",
     "use_cache",
 )  # fmt: skip
+GRIDS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+AS_IT_IS = "as the image processor has it"
 CLASS_TOKEN = {"clip_vision_model": True, "siglip_vision_model": False, "internvl_vision": True}
 
 
@@ -45,9 +48,9 @@ def tower_config(config: Mapping[str, Any], where: str) -> Any:
     return made
 
 
-def llava_config(text: Any, vision: Any, settings: Settings, *, bias: bool) -> Any:
-    """The configuration of a LLaVA; the image token's id is put in later."""
-    from transformers import LlavaConfig
+def llava_config(text: Any, vision: Any, settings: Settings, *, bias: bool, grids: bool = False) -> Any:
+    """The configuration of a LLaVA, or of a LLaVA-NeXT with its `grids`; the image token's id is put in later."""
+    from transformers import LlavaConfig, LlavaNextConfig
 
     class_token = CLASS_TOKEN.get(vision.model_type, False)
     strategy = settings.get("vision_feature_select_strategy", "default" if class_token else "full")
@@ -60,7 +63,8 @@ def llava_config(text: Any, vision: Any, settings: Settings, *, bias: bool) -> A
             where="command line",
         )
     grid = (vision.image_size // vision.patch_size) ** 2
-    return LlavaConfig(
+    more = {"image_grid_pinpoints": settings.get("image_grid_pinpoints", GRIDS)} if grids else {}
+    return (LlavaNextConfig if grids else LlavaConfig)(
         vision_config=vision,
         text_config=text,
         vision_feature_layer=layer,
@@ -69,6 +73,7 @@ def llava_config(text: Any, vision: Any, settings: Settings, *, bias: bool) -> A
         multimodal_projector_bias=bias,
         image_seq_length=grid + class_token - (strategy == "default"),
         tie_word_embeddings=bool(text.tie_word_embeddings),
+        **more,
     )
 
 
@@ -90,9 +95,14 @@ def internvl_config(text: Any, vision: Any, settings: Settings, *, bias: bool) -
     )
 
 
-CONFIGS: Mapping[str, Callable[..., Any]] = {"llava": llava_config, "internvl": internvl_config}
-CLASSES = {"llava": "LlavaForConditionalGeneration", "internvl": "InternVLForConditionalGeneration"}
-IMAGE_TOKENS = {"llava": "<image>", "internvl": "<IMG_CONTEXT>"}
+CONFIGS: Mapping[str, Callable[..., Any]] = {
+    "llava": llava_config,
+    "llava_next": partial(llava_config, grids=True),
+    "internvl": internvl_config,
+}
+CLASSES = {"llava": "Llava", "llava_next": "LlavaNext", "internvl": "InternVL"}
+"""What the names of transformers' classes begin with."""
+IMAGE_TOKENS = {"llava": "<image>", "llava_next": "<image>", "internvl": "<IMG_CONTEXT>"}
 
 
 def add_image_token(out: Path, token: str) -> int:
@@ -108,16 +118,28 @@ def add_image_token(out: Path, token: str) -> int:
 
 
 def copy_text_files(source: Path, out: Path) -> None:
-    """Tokenizer, chat template, generation settings and licence of the language model."""
+    """Tokenizer, chat template, generation settings and licence of the language model. A Llama's sentencepiece model
+    without tokenizer.json becomes one: transformers makes other ids of it now.
+    """
+    given = source / "tokenizer_config.json"
+    kind = str(read_json(given).get("tokenizer_class")) if given.is_file() else ""
+    alone = (source / "tokenizer.model").is_file() and not (source / "tokenizer.json").is_file()
+    if converts := alone and kind.startswith("Llama"):
+        convert_text_tokenizer(source, out)
     for path in sidecars(source):
+        if converts and path.name in TOKENIZER:
+            continue
         if path.name != "config.json" and path.suffix != ".py" and "processor" not in path.name:
             name = path.relative_to(source)
             (out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, out / name)
 
 
-def write_image_files(family: str, vision_source: Path, out: Path, config: Any, token: str) -> None:
-    """Image processor and processor. InputError where the vision tower's directory has no image processor."""
+def write_image_files(family: str, vision_source: Path, out: Path, config: Any, token: str, aspect: str) -> None:
+    """Image processor and processor; `aspect` pad: images become squares first, on the ground of the mean colour.
+
+    InputError where the vision tower's directory has no image processor, PlanError for another `aspect`.
+    """
     given = _image_processor(vision_source)
     if given is None:
         raise InputError(
@@ -125,11 +147,23 @@ def write_image_files(family: str, vision_source: Path, out: Path, config: Any, 
             where=str(vision_source),
             hint="give a directory that has it: --set image_processor=DIR",
         )
+    if family == "llava_next":
+        grids = config.image_grid_pinpoints
+        given = {**given, "image_processor_type": "LlavaNextImageProcessor", "image_grid_pinpoints": grids}
+    elif aspect == "pad" and family == "llava":
+        cut = {} if "crop_size" in given else {"do_center_crop": False}
+        given = {**given, **cut, "image_processor_type": "LlavaImageProcessor", "do_pad": True}
+    elif aspect not in (AS_IT_IS, "square"):
+        raise PlanError(
+            f"image_aspect_ratio: {aspect}: images in tiles are LLaVA-NeXT's",
+            where="command line",
+            hint="say --family llava_next",
+        )
     write_json(out / "preprocessor_config.json", given)
-    if family == "llava":
+    if family != "internvl":
         vision = config.vision_config
         processor = {
-            "processor_class": "LlavaProcessor",
+            "processor_class": f"{CLASSES[family]}Processor",
             "image_token": token,
             "patch_size": vision.patch_size,
             "num_additional_image_tokens": int(CLASS_TOKEN.get(vision.model_type, False)),

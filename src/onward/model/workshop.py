@@ -111,3 +111,5 @@ class Workshop:
                         where=str(path),
                         hint=f"add --adapter {module}={path}",
                     )
+                if module and (path, module) not in self.used:
+                    self.left_out[f"{module} of {path}"] = "another is taken"

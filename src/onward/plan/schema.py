@@ -276,6 +276,9 @@ class Parts(Strict):
         None, description="default: without the tower's class token"
     )
     projector_hidden_act: str | None = Field(None, description="between the projector's layers: gelu")
+    image_aspect_ratio: Literal["pad", "square"] | None = Field(
+        None, description="pad: images are padded to squares first, as LLaVA 1.5 and XTuner do; default: not"
+    )
     image_processor: str | None = Field(None, description="a directory that has one, where the tower's has none")
     precision: Literal["fp32", "bf16", "fp16"] | None = Field(
         None, description="of all weights; default each keeps its own"

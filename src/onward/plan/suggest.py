@@ -309,7 +309,7 @@ EXPLAINED: dict[str, str] = {
     "trust_remote_code": "remote code is never run",
     "system": "it is a message with the role system, in the data",
     "image_folder": "images lie beside their data file, or are named by whole paths",
-    "pad_image_to_square": "images are read as the model's own processor reads them",
+    "pad_image_to_square": "a model from parts has image_aspect_ratio: pad; others read images as their processor does",
     "max_pixels": "write images: {max_pixels: …} in a stage or in defaults",
     "dataset_dir": "paths are relative to the plan file",
     "remove_unused_columns": "columns that no format names are left alone",

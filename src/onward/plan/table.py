@@ -26,6 +26,7 @@ TABLE: dict[str, tuple[Kind, Tier]] = {
     "model.vision_feature_layer": ("free", "bitwise"),
     "model.vision_feature_select_strategy": ("free", "bitwise"),
     "model.projector_hidden_act": ("free", "bitwise"),
+    "model.image_aspect_ratio": ("free", "bitwise"),
     "model.image_processor": ("free", "bitwise"),
     "model.precision": ("free", "bitwise"),
     "add_tokens": BREAKING,

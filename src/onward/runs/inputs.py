@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,7 +148,7 @@ def _model_files(resolved: Resolved) -> Iterator[tuple[str, Path]]:
     for name, (place, files) in found.items():
         shown = name if place == loaded.resolve(name) else str(place)
         for file in files:
-            yield (shown if file == place else f"{shown}/{file.relative_to(place)}"), file
+            yield (shown if file == place else f"{shown}/{os.path.relpath(file, place)}"), file
 
 
 def content_of(resolved: Resolved, inputs: Mapping[str, StageInputs]) -> Content:

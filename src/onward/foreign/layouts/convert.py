@@ -20,6 +20,7 @@ from onward.foreign.layouts import layout_of
 from onward.foreign.layouts.gptq import unpacked
 from onward.foreign.layouts.layout import readable
 from onward.foreign.layouts.rules import on_disk
+from onward.foreign.llava import is_llava_config
 from onward.foreign.pieces import GPTQ, model_pieces
 from onward.weights.pieces import Piece, Pieces, written
 from onward.weights.sharded import Pending, write_sharded
@@ -72,6 +73,12 @@ def import_model(source: Path, out: Path, *, shapes_of: Shapes) -> ImportReport:
     where = str(source / "config.json")
     config = read_json(source / "config.json")
     layout = layout_of(config)
+    if isinstance(config, dict) and is_llava_config(config):
+        raise InputError(
+            "is a LLaVA in a layout of its own, which is put together with its vision tower",
+            where=where,
+            hint=f"onward inspect {source} prints the command",
+        )
     if layout is None and (_is_converted(source) or "auto_map" in config or "quantization_config" in config):
         raise InputError(
             "its model_type is no layout that needs conversion, or none that is known",
