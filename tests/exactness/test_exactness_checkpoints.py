@@ -17,7 +17,7 @@ DROPOUT = "stages.only.train.language_model.dropout=0.1"
 def bring(source: Path, plan: Path, run: Path) -> None:
     from onward.runs.import_training import import_training
 
-    import_training(source, plan, run, [DROPOUT], accept=["data_order"], note=print)
+    import_training(source, plan, run, [DROPOUT], accept=["data_order", "dropout"], note=print)
 
 
 @pytest.fixture(scope="module")

@@ -211,7 +211,7 @@ def test_the_first_stage_of_a_llava_goes_on(tmp_path):
     (tmp_path / "plan.yaml").write_text(FIRST)
     bring = ["import", str(source), "--plan", str(tmp_path / "plan.yaml"), "--run", str(run)]
     assert main(bring) == 3
-    assert main([*bring, "--accept", "data_order"]) == 0
+    assert main([*bring, "--accept", "data_order", "--accept", "precision"]) == 0  # the plan's is fp32, XTuner's bf16
     checkpoint = onward.load(run / "stages/1-align/checkpoints/step-000004")
     value = torch.load(SAMPLES / "xtuner-llava-pth/pretrained_plain.pth", weights_only=True)
     for number, layer in ((0, "linear_1"), (2, "linear_2")):

@@ -103,6 +103,7 @@ def _settings(files: TrainerFiles) -> dict[str, Any]:
         settings["steps"] = total
     if isinstance(kind := said.get("lr_scheduler_type"), str):
         settings["schedule.name"] = "constant" if kind == "constant_with_warmup" else kind
+        settings["schedule.warmup_steps"] = _warmup(said, as_step(settings.get("steps")))
     if isinstance(dropout := files.adapter.get("lora_dropout"), int | float):
         settings["dropout"] = dropout
     return settings
@@ -121,7 +122,8 @@ def _rates(files: TrainerFiles, settings: Mapping[str, Any], done: int) -> dict[
     total, kind, options = settings.get("steps"), said.get("lr_scheduler_type"), said.get("lr_scheduler_kwargs")
     if not peak or not isinstance(total, int) or not isinstance(kind, str) or total > 1 << 40:
         return rates
-    schedule = TrainerSchedule(kind, peak, _warmup(said, total), total, options if isinstance(options, dict) else {})
+    warmup = settings["schedule.warmup_steps"]
+    schedule = TrainerSchedule(kind, peak, warmup, total, options if isinstance(options, dict) else {})
     near, far = next_steps(done, total)
     later = {step + 1: schedule.rate(step) for step in (*near[1:], *far)}
     return rates | {step: rate for step, rate in later.items() if rate is not None}
