@@ -131,7 +131,7 @@ def test_syntax_errors_name_the_line(complain):
 def test_a_missing_file_and_a_directory(tmp_path):
     with pytest.raises(PlanError, match="there is no such plan file"):
         load_plan(tmp_path / "nothing.yaml")
-    with pytest.raises(PlanError, match="cannot be read"):
+    with pytest.raises(PlanError, match="is a directory: name the plan file"):
         load_plan(tmp_path)
 
 

@@ -306,7 +306,7 @@ def test_killed_in_a_fork_the_same_command_does_it_again(whole: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("words", "status", "named"),
     [
-        (["{run}@adapt/3", "--run", "{new}"], 2, "there are 2"),
+        (["{run}@adapt/3", "--run", "{new}"], 2, "it has 2"),
         (["{run}@other/2", "--run", "{new}"], 2, "learn, adapt"),
         (["{run}/adapt/2", "--run", "{new}"], 2, "RUN@STAGE/STEP"),
         (["{run}@adapt/2", "--run", "{new}", "stages.adapt.batchsize=3"], 2, "batch_size"),

@@ -84,7 +84,7 @@ def test_what_is_no_model_is_said(place, tmp_path):
     assert said.status == 2 and "is a run, which has a model for each stage" in said.err
     assert str(place / "run/stages/2-adapt/output") in said.err
     said = onward("evaluate", f"{place}/run@learn/3", *data)
-    assert said.status == 2 and "there are 2, 4" in said.err
+    assert said.status == 2 and "it has 2, 4" in said.err
     said = onward("evaluate", place / "nothing", *data)
     assert said.status == 2 and "no such model directory" in said.err
     damaged = shutil.copytree(place / "run/stages/2-adapt/output", tmp_path / "damaged")

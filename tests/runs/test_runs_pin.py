@@ -88,9 +88,9 @@ def test_a_damaged_checkpoint_is_not_pinned(run: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("run@sft/3", "stage sft has no checkpoint 3: there are 2"),
-        ("run@sft/best", "stage sft has no checkpoint best: there are 2"),
-        ("run@align/2", "no stage is called align; there are sft"),
+        ("run@sft/3", "stage sft has no checkpoint 3: it has 2"),
+        ("run@sft/best", "stage sft has no checkpoint best: it has 2"),
+        ("run@align/2", "no stage is called align; the stages are sft"),
         ("nothing@sft/2", "nothing: is no run directory"),
         ("run/sft/2", "it is RUN@STAGE/STEP"),
     ],

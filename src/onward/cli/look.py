@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from onward.cli.output import show
@@ -26,7 +27,9 @@ def add_commands(commands: Commands) -> None:
         "say what a checkpoint, adapter or model is, and which command comes next",
         "onward inspect runs/plan/stages/1-sft/output",
     )
-    parser.add_argument("path", metavar="PATH", help="a directory or a file, of onward or of another tool")
+    parser.add_argument(
+        "path", metavar="PATH", help="a directory or a file, of onward or of another tool, or RUN@STAGE/STEP"
+    )
     add_json(parser)
 
     parser = add_command(
@@ -36,7 +39,7 @@ def add_commands(commands: Commands) -> None:
         "compare every byte with its digest; exit status 1 names what is damaged",
         "onward verify runs/plan",
     )
-    parser.add_argument("path", metavar="PATH", help="a run, a checkpoint or an output")
+    parser.add_argument("path", metavar="PATH", help="a run, a checkpoint or an output, or RUN@STAGE/STEP")
     add_json(parser)
 
     parser = add_command(
@@ -46,8 +49,9 @@ def add_commands(commands: Commands) -> None:
         "compare two runs, checkpoints or models bit for bit; exit status 1 when they differ",
         "onward diff runs/one runs/two",
     )
-    parser.add_argument("a", metavar="A")
-    parser.add_argument("b", metavar="B")
+    for name in "ab":
+        help = "a run, a checkpoint, an output or a model, or RUN@STAGE/STEP"
+        parser.add_argument(name, metavar=name.upper(), help=help)
     add_json(parser)
 
 
@@ -56,33 +60,37 @@ def status(arguments: argparse.Namespace) -> int:
 
     directory = Path(arguments.run)
     show(status_of(directory), as_json=arguments.json)
-    while arguments.watch:
-        sys.stdout.flush()
-        time.sleep(WATCH_SECONDS)
-        if sys.stdout.isatty() and not arguments.json:
-            print("\x1b[H\x1b[2J", end="")
-        show(status_of(directory), as_json=arguments.json)
+    with suppress(KeyboardInterrupt):  # how watching ends
+        while arguments.watch:
+            sys.stdout.flush()
+            time.sleep(WATCH_SECONDS)
+            if sys.stdout.isatty() and not arguments.json:
+                print("\x1b[H\x1b[2J", end="")
+            show(status_of(directory), as_json=arguments.json)
     return 0
 
 
 def inspect(arguments: argparse.Namespace) -> int:
     from onward.runs.inspect import inspect as inspect_path
+    from onward.runs.reference import path_of
 
-    show(inspect_path(Path(arguments.path)), as_json=arguments.json)
+    show(inspect_path(path_of(arguments.path)), as_json=arguments.json)
     return 0
 
 
 def verify(arguments: argparse.Namespace) -> int:
+    from onward.runs.reference import path_of
     from onward.runs.verify import verify as verify_path
 
-    report = verify_path(Path(arguments.path))
+    report = verify_path(path_of(arguments.path))
     show(report, as_json=arguments.json)
     return 0 if report.ok else 1
 
 
 def diff(arguments: argparse.Namespace) -> int:
     from onward.runs.diff import diff as diff_paths
+    from onward.runs.reference import path_of
 
-    report = diff_paths(Path(arguments.a), Path(arguments.b))
+    report = diff_paths(path_of(arguments.a), path_of(arguments.b))
     show(report, as_json=arguments.json)
     return 0 if report.equal else 1

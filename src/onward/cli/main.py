@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import io
 import json
 import logging
 import os
@@ -28,8 +29,9 @@ The same command starts a run and continues it after any interruption, exactly w
   onward run plan.yaml
 """
 EXIT_STATUS = """\
-exit status: 0 done · 1 failed check or verification · 2 wrong usage or plan · 3 refused to continue ·
-75 interrupted and saved: the same command continues"""
+exit status: 0 done · 1 failed check or verification · 2 wrong usage or plan
+             3 refused to continue · 75 interrupted and saved: the same command
+             continues"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # PEFT imports both: they warn of kernels and devices not used here. DeepSpeed sets its level, and writes to stdout.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").addFilter(_is_error)
+    for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding: no word of ours may end a run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         status = _command(words)
         sys.stdout.flush()
@@ -48,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OnwardError as error:
         return _report(error, as_json="--json" in words)
     except KeyboardInterrupt:
-        return _report(Interrupted("interrupted"), as_json="--json" in words)
+        exec("")  # an interrupt inside an import's exec is remembered: Python would die of the signal and lose the 75
+        return _report(Interrupted("before it was done; nothing half-made is used"), as_json="--json" in words)
     except BrokenPipeError:
         abandon(sys.stdout)
         return 1
@@ -99,7 +105,8 @@ def _report(error: OnwardError, *, as_json: bool) -> int:
         }
         print(json.dumps({"error": details}, ensure_ascii=False))
     label = "interrupted" if isinstance(error, Interrupted) else "error"
-    if "\n" in error.message and not error.where and not error.hint:  # a list of mistakes
+    mistakes = [line for line in error.message.splitlines() if not line.startswith(" ")]
+    if len(mistakes) > 1 and not error.where and not error.hint:
         print(f"{label}:", *error.message.splitlines(), sep="\n  ", file=sys.stderr)
     else:
         print(f"{label}: {error}", file=sys.stderr)

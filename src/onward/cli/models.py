@@ -26,7 +26,7 @@ def add_commands(commands: Commands) -> None:
         "adapters",
         metavar="ADAPTER",
         nargs="+",
-        help="a PEFT LoRA directory (an onward checkpoint is one); several add up",
+        help="a PEFT LoRA directory (an onward checkpoint is one: RUN@STAGE/STEP); several add up",
     )
     parser.add_argument("--base", metavar="B", help="the base model's directory (default: the one the adapters name)")
     parser.add_argument(
@@ -58,10 +58,11 @@ def add_commands(commands: Commands) -> None:
 
 def merge(arguments: argparse.Namespace) -> int:
     from onward.model.families import find_family
+    from onward.runs.reference import path_of
     from onward.weights.merge import merge_adapters
 
     report = merge_adapters(
-        [Path(adapter) for adapter in arguments.adapters],
+        [path_of(adapter) for adapter in arguments.adapters],
         Path(arguments.base) if arguments.base else None,
         Path(arguments.out),
         to_canonical_for=lambda config: find_family(config, "the base's config.json").to_canonical,

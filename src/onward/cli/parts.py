@@ -40,7 +40,9 @@ def add_commands(commands: Commands) -> None:
         "write a model, an output or a checkpoint in a form that other tools take",
         "onward export runs/plan/stages/2-sft/output --to parts --out parts",
     )
-    parser.add_argument("path", metavar="PATH", help="a model directory, an output, a checkpoint or an adapter")
+    parser.add_argument(
+        "path", metavar="PATH", help="a model directory, an output, an adapter, or a checkpoint: RUN@STAGE/STEP"
+    )
     parser.add_argument("--to", metavar="FORM", required=True, help="huggingface, parts or xtuner-pth (a pickle)")
     parser.add_argument("--out", metavar="DIR", required=True, help="a directory that does not exist yet")
     parser.add_argument("--base", metavar="B", help="the model that an adapter belongs to, where it names none")
@@ -73,10 +75,11 @@ def assemble(arguments: argparse.Namespace) -> int:
 def export(arguments: argparse.Namespace) -> int:
     from onward.runs.export import export as export_path
     from onward.runs.export import push
+    from onward.runs.reference import path_of
 
     out = Path(arguments.out)
     base = Path(arguments.base) if arguments.base else None
-    show(export_path(Path(arguments.path), arguments.to, out, base), as_json=arguments.json)
+    show(export_path(path_of(arguments.path), arguments.to, out, base), as_json=arguments.json)
     if arguments.push:
         print(f"uploaded to {push(out, arguments.push)}", file=sys.stderr)
     return 0

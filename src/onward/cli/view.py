@@ -102,7 +102,8 @@ class View:
         if now > began and last > first:
             tokens = sum(count for _, _, count in list(self._recent)[1:])
             facts.append(f"{tokens / (now - began):,.0f} tokens/s")
-            facts.append(f"{_duration((self._steps - last) * (now - began) / (last - first))} left")
+            if last < self._steps:
+                facts.append(f"{_duration((self._steps - last) * (now - began) / (last - first))} left")
         return "  ".join(facts)
 
 

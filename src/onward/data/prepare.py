@@ -72,7 +72,7 @@ def prepare(
     """
     labels = _labels([source.path for source in sources])
     files = {path: open_rows(path, label) for path, label in labels.items()}
-    opened, skipped, fatal, identities = [], {}, {}, []
+    opened, skipped, fatal, too_long, identities = [], {}, {}, False, []
     for source in sources:
         if source.augment is not None:
             find_augment(source.augment)
@@ -88,10 +88,12 @@ def prepare(
                 skipped[origin.sample_id] = reason
             else:
                 fatal[origin.where] = reason
+                too_long = too_long or overlong
         used = np.flatnonzero(tokens)
         if Mix((len(used),), (source.repeat,)).samples_per_epoch == 0 and not fatal:
             reason = f"{len(used)} of {len(file)} rows are usable, repeat is {source.repeat:g}"
-            raise InputError(f"gives no samples: {reason}", where=str(source.path))
+            reason = f"gives no samples: {reason}" if len(file) else "is empty"
+            raise InputError(reason, where=str(source.path))
         how = (source.repeat, source.weight, source.augment)
         opened.append(SourceRows(file, used, tokens[used], targets[used], *how, kept))
         identities.append(
@@ -105,17 +107,18 @@ def prepare(
             }
         )
     if fatal:
-        raise _cannot_be_used(fatal, encoder)
+        raise _cannot_be_used(fatal, too_long)
     return StageData(tuple(opened), digest_bytes(canonical_json(identities)), tuple(skipped.items()), on_bad_sample)
 
 
-def _cannot_be_used(reasons: dict[str, str], encoder: Encoder) -> InputError:
+def _cannot_be_used(reasons: dict[str, str], too_long: bool) -> InputError:
     lines = [f"\n  {where}: {reason}" for where, reason in list(reasons.items())[:SHOWN]]
     more = f"\n  and {len(reasons) - SHOWN} more" if len(reasons) > SHOWN else ""
     hint = "repair them, or set on_bad_sample: skip, which leaves them out and lists them"
-    if encoder.options.overlong == "error":
+    if too_long:
         hint += "; for what is too long, raise max_length or set overlong: drop or truncate"
-    return InputError(f"{len(reasons)} samples cannot be used{''.join(lines)}{more}", hint=hint)
+    number = "1 sample" if len(reasons) == 1 else f"{len(reasons)} samples"
+    return InputError(f"{number} cannot be used{''.join(lines)}{more}", hint=hint)
 
 
 def _labels(paths: Sequence[Path]) -> dict[Path, str]:

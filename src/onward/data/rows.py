@@ -22,7 +22,10 @@ from typing import Any, TypeAlias
 from PIL import Image
 
 from onward.data.samples import Origin, bad
+from onward.plan.suggest import closest
 
+ROLES = ("system", "user", "assistant", "tool", "function", "developer")
+"""Roles that a letter may be missing from; a template may have others."""
 ImageSource: TypeAlias = "Path | bytes | Image.Image"
 
 
@@ -72,6 +75,9 @@ def read_conversation(row: Mapping[str, Any], origin: Origin) -> Conversation:
         place = f"message {number}"
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise bad(origin, f"{place} is not an object with a role and a content")
+        role = message["role"]
+        if role not in ROLES and role.isalpha() and (meant := closest(role, ROLES)):
+            raise bad(origin, f"{place} has the role {role}: did you mean {meant}?")
         is_trained = message.get("train", True)
         if not isinstance(is_trained, bool):
             raise bad(origin, f"{place}: train is true or false")

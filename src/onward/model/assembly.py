@@ -106,10 +106,11 @@ def finished(unfinished: Path, shop: Workshop, parts: list[Part]) -> AssemblyRep
     """Write the weights and the report of a directory in which all else lies already."""
     beside = [path for path in sorted(unfinished.rglob("*")) if path.is_file()]
     assigned, weights = write_model(unfinished, parts, specs_of(parts, shop.request.dtype))
-    stated = {**shop.settings.stated, **shop.request.settings}
+    given = shop.request.settings
     report = AssemblyReport(
         tensors=assigned,
-        stated={key: str(value) for key, value in stated.items()},
+        stated={key: str(value) for key, value in shop.settings.stated.items() if key not in given},
+        given={key: str(value) for key, value in given.items()},
         assumed={key: str(value) for key, value in shop.settings.assumed.items()},
         left_out=shop.left_out,
         files=(*weights, *(_record(path, unfinished) for path in beside)),

@@ -326,5 +326,7 @@ def check_names(accepted: Collection[str], changes: Sequence[Change]) -> None:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, str) and value.startswith("sha256:"):
+        return f"{value[:19]}…"
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "…"

@@ -23,6 +23,8 @@ def read_document(path: Path) -> tuple[Any, dict[Key, int]]:
         text = path.read_bytes().decode("utf-8-sig")
     except FileNotFoundError:
         raise PlanError("there is no such plan file", where=str(path)) from None
+    except IsADirectoryError:
+        raise PlanError("is a directory: name the plan file", where=str(path)) from None
     except OSError as error:
         raise PlanError(f"cannot be read ({error.strerror})", where=str(path)) from None
     except UnicodeDecodeError as error:

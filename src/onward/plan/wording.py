@@ -34,7 +34,8 @@ def mistakes(error: ValidationError, value: Any, at: Key = ()) -> Iterator[tuple
             case "value_error":
                 yield full, detail["msg"].removeprefix("Value error, ")
             case _:
-                yield full, f"must be {expected(fragment(full))}, not {_shown(_get(value, key))}"
+                found = _get(value, key)
+                yield full, f"must be {_meant(fragment(full), found) or expected(fragment(full))}, not {_shown(found)}"
 
 
 def _key_in(value: Any, loc: Iterable[str | int], kind: str) -> Key:
@@ -96,6 +97,12 @@ def _follow(schema: dict[str, Any]) -> dict[str, Any]:
     branches = schema.get("anyOf", schema.get("oneOf", []))
     inner = [branch for branch in branches if "$ref" in branch or "prefixItems" in branch]
     return _follow(inner[0]) if len(inner) == 1 else schema
+
+
+def _meant(schema: dict[str, Any], value: Any) -> str | None:
+    """For `projector: full`, where a mapping must be: the mapping that was meant."""
+    keys = [key for key, inner in schema.get("properties", {}).items() if value in _follow(inner).get("enum", ())]
+    return f"a mapping, like {{{keys[0]}: {value}}}" if keys else None
 
 
 def expected(schema: dict[str, Any]) -> str:

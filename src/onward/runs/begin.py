@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -154,6 +155,11 @@ def plan_file(run: RunDirectory, events: Iterable[Mapping[str, Any]]) -> Path:
     told = [event["plan"] for event in events if "plan" in event]
     places = [Path(os.path.normpath(run.path / place)) for places in told[-1:] for place in places] or [run.plan]
     return next((place for place in places if place.exists()), places[0])
+
+
+def command_of(run: RunDirectory, events: Iterable[Mapping[str, Any]]) -> str:
+    """The command that goes on with the run, from where this one was typed."""
+    return shlex.join(["onward", "run", str(plan_file(run, events)), "--run", str(run.path)])
 
 
 def _places(run: RunDirectory, plan: Path) -> list[str]:

@@ -152,15 +152,20 @@ def _stage_lines(number: int, stage: StageCheck) -> Iterator[str]:
         renamed = "".join(f", {theirs} is {ours}" for theirs, ours in source.columns.items())
         usable = f"{source.usable:,} of {source.rows:,} usable"
         yield f"  {source.path}: {source.format} rows{renamed}; {usable}{source.share}"
-    length = f"{stage.epochs} epochs of {stage.samples:,} samples" if stage.epochs else f"{stage.samples:,} samples"
-    yield f"  {stage.steps:,} steps of {stage.batch_size} samples ({length}); {stage.schedule}"
+    length = (
+        f"{_many(stage.epochs, 'epoch')} of {_many(stage.samples, 'sample')}"
+        if stage.epochs
+        else _many(stage.samples, "sample")
+    )
+    size = _many(stage.batch_size, "sample")
+    yield f"  {_many(stage.steps, 'step')} of {size} ({length}); {stage.schedule}"
     recomputed = ", gradient checkpointing" if stage.gradient_checkpointing else ""
     yield f"  computed in {stage.precision}, attention {stage.attention}{recomputed}"
     yield f"  {stage.tokens:,} tokens, {stage.target_tokens:,} of them learnt; longest sample {stage.longest:,} tokens"
     if stage.skipped:
-        yield f"  {stage.skipped:,} samples are left out"
+        yield f"  left out: {_many(stage.skipped, 'sample')}"
     if stage.evaluation_samples:
-        yield f"  measured on {stage.evaluation_samples:,} held-out samples: {', '.join(stage.metrics)}"
+        yield f"  measured on {_many(stage.evaluation_samples, 'held-out sample')}: {', '.join(stage.metrics)}"
     if stage.gate:
         yield f"  its output must have {stage.gate}"
     yield (
@@ -257,7 +262,7 @@ def _stage(resolved: Resolved, stage: ResolvedStage, inputs: StageInputs) -> Sta
         target_tokens=targets,
         longest=inputs.data.longest,
         skipped=len(inputs.data.skipped),
-        schedule=f"{plan.schedule.name}, {inputs.horizon.segments[0].warmup} steps of warm-up{extended}",
+        schedule=f"{plan.schedule.name}, {_many(inputs.horizon.segments[0].warmup, 'step')} of warm-up{extended}",
         precision=plan.precision,
         attention=plan.attention,
         gradient_checkpointing=recomputes(plan.gradient_checkpointing, resolved.model.count),
@@ -376,6 +381,10 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
             for number, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         yield ("  " + "  ".join(cells)).rstrip()
+
+
+def _many(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _count(number: int) -> str:

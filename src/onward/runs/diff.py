@@ -10,7 +10,7 @@ from typing import Any
 from onward.checkpoint.manifest import MANIFEST, read_manifest
 from onward.errors import PlanError
 from onward.files import read_json
-from onward.plan.changes import plan_changes
+from onward.plan.changes import change_text, plan_changes
 from onward.plan.lock import Lock, locked_plan, read_lock
 from onward.runs.directory import RunDirectory
 from onward.runs.journal import canonical_metrics, read_metrics
@@ -103,7 +103,7 @@ def _progress(a: Path, b: Path, name: str) -> Iterator[Part]:
     one, other = read_manifest(a), read_manifest(b)
     place = ("kind", "stage", "step", "samples_seen", "optimizer")
     odd = [
-        f"{key}: {getattr(one, key)} and {getattr(other, key)}"
+        change_text(key, getattr(one, key), getattr(other, key))
         for key in place
         if getattr(one, key) != getattr(other, key)
     ]
@@ -129,7 +129,7 @@ def _values(a: Any, b: Any, key: str = "") -> list[str]:
             for name in sorted(a.keys() | b.keys())
             for text in _values(a.get(name), b.get(name), f"{key}.{name}".strip("."))
         ]
-    return [] if a == b else [f"{key}: {a!r} and {b!r}"]
+    return [] if a == b else [change_text(key, a, b)]
 
 
 def _metrics(a: dict[tuple[str, int], dict[str, Any]], b: dict[tuple[str, int], dict[str, Any]]) -> Part:

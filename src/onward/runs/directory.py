@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from onward.errors import Refused
+from onward.errors import PlanError, Refused
 from onward.files import PARTIAL
 
 LOCK, PLAN, HOLD, START, WHOLE = "plan.lock.json", "plan.yaml", "run.hold", "start", "whole"
@@ -14,7 +14,7 @@ LOCK, PLAN, HOLD, START, WHOLE = "plan.lock.json", "plan.yaml", "run.hold", "sta
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """The paths of one run; nothing here touches the disk but `clear` and `state`."""
+    """The paths of one run; nothing here touches the disk but `clear`, `require` and `state`."""
 
     path: Path
 
@@ -59,6 +59,14 @@ class RunDirectory:
         for name in (LOCK, PLAN):
             for path in self.path.glob(f"{PARTIAL}{name}-????????"):
                 path.unlink()
+
+    def require(self) -> None:
+        """PlanError unless a run is there."""
+        if not self.path.exists():
+            raise PlanError("no such directory", where=str(self.path))
+        if not self.lock.is_file():
+            hint = "onward run PLAN makes one"
+            raise PlanError(f"is no run directory: {LOCK} is missing", where=str(self.path), hint=hint)
 
     def state(self) -> str:
         """`new` (nothing there, or a beginning cut short) or `run`. Refused for anything else: it is not ours."""

@@ -14,7 +14,7 @@ from onward.model.selection import learning_rate_of
 from onward.plan.lock import Extension, Lock, extensions_of, locked_plan, write_lock
 from onward.plan.schema import Stage
 from onward.runs.account import account
-from onward.runs.begin import free_sibling, open_lock, plan_file, progress_of, trained_after
+from onward.runs.begin import command_of, free_sibling, open_lock, progress_of, trained_after
 from onward.runs.directory import RunDirectory
 from onward.runs.hold import hold
 from onward.runs.journal import ended_early, write_event
@@ -57,8 +57,7 @@ def extend(
     where `schedule` has no learning rate to go on with.
     """
     run = RunDirectory(path)
-    if not run.lock.is_file():
-        raise PlanError("is no run directory: plan.lock.json is missing", where=str(path))
+    run.require()
     with hold(run.hold, note):
         before = open_lock(run)
         attempt = account(run, before).last_attempt + 1
@@ -70,8 +69,7 @@ def extend(
         for key, train in trained.train.items()
         if train.mode != "frozen"
     }
-    plan = plan_file(run, read_jsonl(run.journal))
-    command = shlex.join(["onward", "run", str(plan), "--run", str(path)])
+    command = command_of(run, read_jsonl(run.journal))
     return ExtendReport(str(path), stage, schedule, old.total, new.total, rates, command)
 
 
@@ -111,7 +109,9 @@ def extend_stage(
 def _plan(lock: Lock, stage: str) -> Stage:
     stages = {plan.name: plan for plan in locked_plan(lock).stages}
     if stage not in stages:
-        raise PlanError(f"no stage is called {stage}; there are {', '.join(stages)}", where="command line: --stage")
+        raise PlanError(
+            f"no stage is called {stage}; the stages are {', '.join(stages)}", where="command line: --stage"
+        )
     return stages[stage]
 
 

@@ -15,7 +15,8 @@ from onward.errors import GateError, PlanError, Refused
 from onward.plan.gate import parse_length
 from onward.plan.lock import Lock, extensions_of
 from onward.plan.schema import Stage
-from onward.runs.begin import plan_file
+from onward.runs.begin import command_of
+from onward.runs.directory import RunDirectory
 from onward.runs.extend import extend_stage, require_rate
 from onward.runs.inputs import StageInputs
 from onward.runs.journal import ended_early, write_event
@@ -121,17 +122,22 @@ def _extend(session: Session, stage: Stage) -> None:
     session.inputs = {**session.inputs, stage.name: replace(inputs, horizon=longer)}
 
 
+def further(run: RunDirectory, stage: Stage) -> str:
+    """The command that trains a stage further which does not pass its gate."""
+    assert stage.gate is not None
+    unit, count = parse_length(stage.gate.otherwise.extend or ("1 epoch" if stage.epochs else f"{stage.steps} steps"))
+    extend = ["onward", "extend", str(run.path), "--stage", stage.name, f"--{unit}", f"+{count}"]
+    return shlex.join([*extend, "--schedule", "rewarm"])
+
+
 def _stopped(session: Session, stage: Stage, found: Measurements, reason: str) -> GateError:
     assert stage.gate is not None
     run = session.directory
-    command = ["onward", "run", str(plan_file(run, session.events())), "--run", str(run.path)]
-    asked = stage.gate.otherwise.extend or ("1 epoch" if stage.epochs else f"{stage.steps} steps")
-    unit, count = parse_length(asked)
-    lower = [*command[:3], f"stages.{stage.name}.gate.require=…", *command[3:]]
+    plan, _, place = command_of(run, session.events()).rpartition(" --run ")
     hint = (
         "its output and its checkpoints are kept, no later stage has begun. Train it further, then run again:\n"
-        f"    onward extend {shlex.quote(str(run.path))} --stage {stage.name} --{unit} +{count} --schedule rewarm\n"
-        f"  or change its gate: {' '.join(map(str, lower))}"
+        f"    {further(run, stage)}\n"
+        f"  or change its gate: {plan} stages.{stage.name}.gate.require=… --run {place}"
     )
     numbers = "".join(f"\n    {line}" for line in found.lines())
     return GateError(f"stage {stage.name} does not pass its gate: {reason}{numbers}", hint=hint)

@@ -122,6 +122,7 @@ def hand_on(session: Session, result: Result) -> None:
         size = merge_bytes(result.start.base) * (2 if stage.output.form == "parts" else 1)
     require_space(output, size, f"the output of stage {stage.name}")
     _clear(output.parent, session.lock.run_id)
+    session.view.note(f"stage {stage.name}: trained; making its output ({stage.output.form})")
     write = {"merged": _merged, "parts": _in_parts, "adapters": _adapters}[stage.output.form]
     with committed_directory(output, session.lock.run_id) as partial:
         known, agreement = write(session, result, partial)

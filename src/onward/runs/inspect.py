@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from pathlib import Path
 
 from onward.checkpoint.manifest import MANIFEST, read_manifest
 from onward.errors import OnwardError, PlanError
+from onward.files import read_lines
 from onward.foreign.description import Description, count_dtypes
 from onward.foreign.known import describe
+from onward.runs.begin import command_of
 from onward.runs.directory import RunDirectory
 from onward.runs.status import status
 from onward.weights.shards import PARTS
@@ -31,10 +35,14 @@ def inspect(path: Path) -> Description:
 def _unknown(path: Path) -> Description:
     """Nothing that onward knows; a directory may hold something that it does, one level down."""
     if path.is_file():
-        holds = [f"{path.stat().st_size:,} bytes"]
-        return Description(str(path), "not recognised", "nothing that onward knows", {"holds": holds}, missing=NOTHING)
+        holds, command = {"holds": f"{path.stat().st_size:,} bytes"}, None
+        if path.suffix in (".yaml", ".yml"):
+            command = f"is it a plan? onward check {shlex.quote(str(path))}"
+        elif path.suffix in (".jsonl", ".json", ".parquet"):
+            command = "is it data? a stage of a plan names it: data: " + str(path)
+        return Description(str(path), "not recognised", "no checkpoint", holds, missing=NOTHING, next_command=command)
     inside = sorted(path.iterdir())
-    known = {item: found for item in inside[:50] if (found := describe(item)) and found.missing != NOTHING}
+    known = {item: found for item in inside[:50] if (found := _known(item)) and found.missing != NOTHING}
     facts = {"holds": [f"{item.name} ({found.kind})" for item, found in known.items()]}
     if not known:
         facts = {"holds": [item.name for item in inside[:6]] or ["nothing"]}
@@ -49,18 +57,23 @@ def _unknown(path: Path) -> Description:
     )
 
 
+def _known(path: Path) -> Description | None:
+    return _run(path) if RunDirectory(path).lock.is_file() else describe(path)
+
+
 def _run(path: Path) -> Description:
     found = status(path)
     stages = [
         f"{stage.name} {stage.state}" + (f" at step {stage.step}" if stage.step else "") for stage in found.stages
     ]
+    outputs = [shlex.quote(stage.output) for stage in found.stages if stage.output]
     return Description(
         str(path),
         f"run, {found.state}",
         "onward",
         {"run id": found.run_id, "model": found.model, "stages": stages, "attempts": found.attempts},
         continues_exactly=True,
-        next_command=f"onward status {path}" if found.state == "finished" else f"onward run PLAN --run {path}",
+        next_command=found.next_command or (f"onward chat {outputs[-1]}" if outputs else f"onward status {path}"),
     )
 
 
@@ -74,7 +87,7 @@ def _own(path: Path) -> Description:
             "onward",
             problems=(str(error),),
             missing=("a manifest that verifies",),
-            next_command="the run goes on from the newest checkpoint that verifies: onward run PLAN",
+            next_command=f"the run goes on from the newest checkpoint that verifies: {_run_command(path)}",
         )
     facts = {
         "run id": manifest.run_id,
@@ -101,5 +114,12 @@ def _own(path: Path) -> Description:
         "onward",
         facts,
         continues_exactly=True,
-        next_command=f"onward verify {path}; its run goes on with: onward run PLAN --run RUN",
+        next_command=f"onward verify {shlex.quote(str(path))}; its run goes on with: {_run_command(path)}",
     )
+
+
+def _run_command(checkpoint: Path) -> str:
+    """What goes on with the run in which a checkpoint lies; RUN/stages/1-sft/checkpoints/step-000100 is its place."""
+    above = checkpoint.absolute().parents
+    run = RunDirectory(Path(os.path.relpath(above[min(3, len(above) - 1)])))
+    return command_of(run, read_lines(run.journal)[0]) if run.lock.is_file() else "onward run PLAN --run RUN"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -16,6 +17,7 @@ from onward.errors import OnwardError
 from onward.runs.start import start
 
 DYING = "killed here"
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in the command itself: PEFT imports it, and it warns
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from onward.checkpoint.manifest import Manifest
 from onward.checkpoint.read import Checkpoint, open_checkpoint, own_checkpoints
 from onward.errors import PlanError
 from onward.files import read_json
-from onward.plan.lock import locked_plan
+from onward.plan.lock import Lock, locked_plan
 from onward.runs.begin import open_lock
 from onward.runs.directory import RunDirectory
 
@@ -39,24 +39,38 @@ def parse_reference(text: str) -> Reference:
     return Reference(Path(run), stage, int(step) if step.isdecimal() else step)
 
 
+def path_of(name: str) -> Path:
+    """The path of that name; or where the checkpoint lies that it names, as RUN@STAGE/STEP. PlanError for neither."""
+    path = Path(name)
+    if path.exists():
+        return path
+    if "@" not in name:
+        raise PlanError("no such file or directory", where=name)
+    return _located(parse_reference(name))[0]
+
+
 def find_checkpoint(reference: Reference) -> Checkpoint:
     """The checkpoint that a reference names, every byte of it verified.
 
     PlanError when there is no such run, stage or step (naming those that are there); DamageError when it is damaged.
     """
+    path, lock = _located(reference)
+    return open_checkpoint(path, lock.run_id, reference.stage)
+
+
+def _located(reference: Reference) -> tuple[Path, Lock]:
     run = RunDirectory(reference.run)
-    if not run.lock.is_file():
-        raise PlanError("is no run directory: plan.lock.json is missing", where=str(run.path))
+    run.require()
     lock = open_lock(run)
     names = [stage.name for stage in locked_plan(lock).stages]
     if reference.stage not in names:
-        raise PlanError(f"no stage is called {reference.stage}; there are {', '.join(names)}", where=str(run.path))
+        raise PlanError(f"no stage is called {reference.stage}; the stages are {', '.join(names)}", where=str(run.path))
     there = own_checkpoints(run.checkpoints(names, reference.stage), lock.run_id, reference.stage)
     step = _step(reference, there)
     if step not in there:
-        steps = f"there are {', '.join(map(str, there))}" if there else "there is none"
+        steps = f"it has {', '.join(map(str, there))}" if there else "it has none"
         raise PlanError(f"stage {reference.stage} has no checkpoint {reference.step}: {steps}", where=str(run.path))
-    return open_checkpoint(there[step][0], lock.run_id, reference.stage)
+    return there[step][0], lock
 
 
 def _step(reference: Reference, there: dict[int, tuple[Path, Manifest]]) -> int | str:

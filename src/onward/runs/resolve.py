@@ -14,6 +14,7 @@ from onward.model.selection import LoraLayer, Selection, looks_linear, select
 from onward.plan.functions import require_arguments
 from onward.plan.load import LoadedPlan
 from onward.plan.schema import Source, Stage
+from onward.plan.suggest import closest
 from onward.runs.device import require_device
 from onward.runs.hub import hub_directory, is_hub_id
 from onward.weights.quantised import Quantisation
@@ -148,13 +149,17 @@ def _found(loaded: LoadedPlan, name: str, where: str) -> Path:
     path = loaded.resolve(name)
     if path.exists():
         return path
-    if is_hub_id(name):
+    near = closest(path.name, [item.name for item in path.parent.iterdir()]) if path.parent.is_dir() else None
+    meant = f"did you mean {Path(name).with_name(near)}?" if near else None
+    if not is_hub_id(name):
+        raise PlanError(f"no such model directory: {path}", where=where, hint=meant)
+    try:
         return hub_directory(name, where)
-    raise PlanError(f"no such model directory: {path}", where=where)
+    except PlanError as error:
+        raise PlanError(error.message, where=error.where, hint=meant or error.hint) from None
 
 
 def _source(loaded: LoadedPlan, source: Source, key: tuple[str | int, ...]) -> ResolvedSource:
-    from onward.data.prepare import ResolvedSource
     from onward.data.sources import find_files
 
     path = loaded.resolve(source.path)
@@ -162,6 +167,8 @@ def _source(loaded: LoadedPlan, source: Source, key: tuple[str | int, ...]) -> R
         find_files(path)
     except PlanError as error:
         raise PlanError(f"{error.message}: {error.where}", where=loaded.where(*key), hint=error.hint) from None
+    from onward.data.prepare import ResolvedSource  # takes seconds
+
     columns = tuple(source.columns.items())
     return ResolvedSource(
         path, source.repeat, source.weight, source.augment, source.fingerprint, source.format, columns

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -23,14 +23,16 @@ class Stopping:
 
 
 @contextmanager
-def listening() -> Iterator[Stopping]:
-    """Catch the signals while the block runs."""
+def listening(then: str = "stops when the step is done and saved") -> Iterator[Stopping]:
+    """Catch the signals while the block runs. `then`: what the first one leads to, for the user who waits."""
     stopping = Stopping()
 
     def caught(number: int, frame: FrameType | None) -> None:
         if stopping.signal is not None:
             os._exit(INTERRUPTED)  # the second: everything committed is safe, everything else is replayed
         stopping.signal = signal.Signals(number).name
+        with suppress(OSError):
+            os.write(2, f"{stopping.signal}: {then}; once more leaves at once\n".encode())
 
     before = {number: signal.signal(number, caught) for number in CAUGHT}
     try:

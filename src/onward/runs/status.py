@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from onward.checkpoint.read import list_checkpoints
-from onward.errors import PlanError
 from onward.files import read_jsonl
 from onward.plan.changes import change_text
 from onward.plan.lock import Lock, extensions_of, locked_plan, read_lock
 from onward.plan.schema import Stage
-from onward.runs.begin import progress_of
+from onward.runs.begin import command_of, progress_of
 from onward.runs.directory import RunDirectory
-from onward.runs.gates import extensions_by_gate
+from onward.runs.gates import extensions_by_gate, further
 from onward.runs.hold import holder
 from onward.runs.journal import canonical_metrics, ended_early, is_finished, read_metrics
-from onward.runs.measured import Measurements, measurements
+from onward.runs.measured import Measurements, beside, measurements
 from onward.runs.pin import pins
 
 RECENT = 20  # steps over which speed is averaged
@@ -51,7 +50,9 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """A run: `state` is finished, running or stopped; `eta_seconds` counts the stage that trains."""
+    """A run: `state` is finished, running or stopped; `eta_seconds` counts the stage that trains. `next_command`: what
+    goes on with it, where it is stopped.
+    """
 
     run: str
     run_id: str
@@ -67,24 +68,27 @@ class RunStatus:
     amendments: tuple[dict[str, Any], ...]
     forked_from: dict[str, Any] | None
     events: tuple[dict[str, Any], ...]
+    next_command: str | None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def lines(self) -> Iterator[str]:
         who = f" by {self.held_by}" if self.held_by else ""
-        yield f"{self.run}: {self.state}{who}, attempt {self.attempts}, promise {self.tier}"
+        started = f"attempt {self.attempts}, promise {self.tier}" if self.attempts else "not started yet"
+        yield f"{self.run}: {self.state}{who}, {started}"
         for number, stage in enumerate(self.stages, start=1):
             total = f"/{stage.steps}" if stage.steps else ""
             facts = [f"step {stage.step}{total}"] if stage.step else []
             facts += [f"extended by {stage.extended} steps"] if stage.extended else []
             facts += ["ended early"] if stage.ended_early else []
             facts += [f"loss {stage.loss:.4f}"] if stage.loss is not None else []
-            facts += [f"{name} {value:.4f}" for name, value in (stage.evaluation or {}).items()]
-            steps = [f"{step} (pinned)" if step in stage.pinned else str(step) for step in stage.checkpoints]
-            facts += [f"checkpoints {', '.join(steps)}"] if steps else []
-            facts += [f"output {stage.output}"] if stage.output else []
+            facts += [f"held-out {beside(stage.evaluation, {})}"] if stage.evaluation else []
             yield f"  {number} {stage.name}: {'; '.join([stage.state, *facts])}"
+            steps = [f"{step} (pinned)" if step in stage.pinned else str(step) for step in stage.checkpoints]
+            kept = [f"checkpoints {', '.join(steps)}"] if steps else []
+            kept += [f"output {stage.output}"] if stage.output else []
+            yield from [f"      {'; '.join(kept)}"] if kept else []
             if stage.measurements:
                 yield from (f"      {line}" for line in Measurements(**stage.measurements).lines())
             if stage.gate:
@@ -96,7 +100,10 @@ class RunStatus:
             yield f"  forked from {fork['run']}@{fork['stage']}/{fork['step']} (run {fork['run_id']})"
             yield from (f"    {change_text(**change)}" for change in fork["changes"])
         for change in self.amendments:
-            yield f"  amended at attempt {change['attempt']}: {change['key']}: {change['before']} → {change['after']}"
+            text = change_text(change["key"], change["before"], change["after"])
+            yield f"  amended at attempt {change['attempt']}: {text}"
+        if self.next_command:
+            yield f"go on with: {self.next_command}"
 
 
 def _gate_text(gate: dict[str, Any]) -> str:
@@ -109,10 +116,7 @@ def _gate_text(gate: dict[str, Any]) -> str:
 def status(path: Path) -> RunStatus:
     """Read where a run stands. PlanError when the directory is no run."""
     run = RunDirectory(path)
-    if not run.lock.is_file():
-        raise PlanError(
-            "is no run directory: plan.lock.json is missing", where=str(path), hint="onward run PLAN makes one"
-        )
+    run.require()
     lock = read_lock(run.lock)
     plan = locked_plan(lock)
     events = read_jsonl(run.journal)
@@ -124,6 +128,12 @@ def status(path: Path) -> RunStatus:
     starts = [event for event in events if event["event"] in ("started", "continued")]
     finished = is_finished(events)
     seconds, tokens, eta = _speed(raw, stages)
+    failing = [
+        written
+        for written, stage in zip(plan.stages, stages, strict=True)
+        if stage.state == "done" and stage.gate and stage.gate["decision"] == "stop"
+    ]
+    command = further(run, failing[0]) if failing else command_of(run, events)
     return RunStatus(
         run=str(path),
         run_id=lock.run_id,
@@ -139,6 +149,7 @@ def status(path: Path) -> RunStatus:
         amendments=tuple(amendment.model_dump(mode="json") for amendment in lock.amendments),
         forked_from=lock.forked_from.model_dump(mode="json") if lock.forked_from else None,
         events=tuple(events),
+        next_command=None if held or finished else command,
     )
 
 

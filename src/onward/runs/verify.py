@@ -50,6 +50,8 @@ def verify(path: Path) -> VerifyReport:
     """
     if (path / MANIFEST).exists():
         return VerifyReport((str(path),), tuple(verify_directory(path)))
+    if not path.exists():
+        raise PlanError("no such file or directory", where=str(path))
     run = RunDirectory(path)
     if not (run.lock.exists() or run.journal.exists()):
         raise PlanError(

@@ -64,7 +64,7 @@ def run_plan(
     """
     names = [stage.name for stage in loaded.plan.stages]
     if until is not None and until not in names:
-        raise PlanError(f"no stage is called {until}; there are {', '.join(names)}", where="--until")
+        raise PlanError(f"no stage is called {until}; the stages are {', '.join(names)}", where="--until")
     run = RunDirectory(directory)
     with ExitStack() as stack:
         stopping = stack.enter_context(listening())

@@ -51,10 +51,13 @@ class Assigned:
 
 @dataclass(frozen=True)
 class AssemblyReport:
-    """Every parameter with its source; what no part states and was assumed; what parts hold and the model has not."""
+    """Every parameter with its source; what parts state, what the user gives, what was assumed; what parts hold and the
+    model has not.
+    """
 
     tensors: tuple[Assigned, ...]
     stated: Mapping[str, str]
+    given: Mapping[str, str]
     assumed: Mapping[str, str]
     left_out: Mapping[str, str]
     files: tuple[FileRecord, ...] = ()
@@ -66,7 +69,8 @@ class AssemblyReport:
             key = (item.module, item.source, item.change)
             counts[key] = counts.get(key, 0) + 1
         lines = [f"{m}: {n} from {source} {change}".rstrip() for (m, source, change), n in counts.items()]
-        lines += [f"stated, by a part or by --set: {name} = {value}" for name, value in self.stated.items()]
+        lines += [f"stated by a part: {name} = {value}" for name, value in self.stated.items()]
+        lines += [f"given by --set: {name} = {value}" for name, value in self.given.items()]
         lines += [f"assumed, since no part states it: {name} = {value}" for name, value in self.assumed.items()]
         lines += [f"left out: {name} ({reason})" for name, reason in self.left_out.items()]
         size = sum(record.size for record in self.files)
