@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from onward.plan import schema
+from onward.plan import gate, schema
 
 BLOCKS: list[tuple[str, type[BaseModel], str]] = [
     ("The plan", schema.PlanFile, "Top level."),
@@ -34,8 +34,8 @@ BLOCKS: list[tuple[str, type[BaseModel], str]] = [
     ("images", schema.Images, "A limit that the model has not is an error."),
     ("evaluate", schema.Evaluate, ""),
     ("early_stopping", schema.EarlyStopping, ""),
-    ("gate", schema.Gate, "`gate: exact_match >= 0.8` is short for `{require: exact_match >= 0.8}`."),
-    ("gate.otherwise", schema.Otherwise, "`otherwise: stop` is what `{}` means."),
+    ("gate", gate.Gate, "`gate: exact_match >= 0.8` is short for `{require: exact_match >= 0.8}`."),
+    ("gate.otherwise", gate.Otherwise, "`otherwise: stop` is what `{}` means."),
     ("output", schema.Output, "`output: adapters` is short for `{form: adapters}`."),
     ("checkpoint", schema.CheckpointPlan, ""),
     (

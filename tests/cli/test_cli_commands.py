@@ -96,7 +96,7 @@ def test_json_has_the_result_alone_on_stdout(calls, capsys):
         (DamageError("bad", where="f"), 1, "error: f: bad\n"),
         (TrainingError("loss is nan"), 1, "error: loss is nan\n"),
         (Interrupted("saved at step 3"), 75, "interrupted: saved at step 3\n"),
-        (KeyboardInterrupt(), 75, "interrupted: interrupted\n"),
+        (KeyboardInterrupt(), 75, "interrupted: before it was done; nothing half-made is used\n"),
         (PermissionError(13, "Permission denied", "runs/x"), 1, "error: runs/x: Permission denied\n"),
     ],
 )

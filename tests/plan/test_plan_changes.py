@@ -10,7 +10,6 @@ from pydantic import BaseModel
 
 from onward.errors import PlanError, Refused
 from onward.plan.changes import (
-    Branch,
     Change,
     cost,
     environment_changes,
@@ -18,9 +17,9 @@ from onward.plan.changes import (
     judge,
     meaning,
     plan_changes,
-    refusal,
 )
 from onward.plan.load import load_plan
+from onward.plan.refusal import Branch, refusal
 from onward.plan.schema import Plan
 from onward.plan.table import TABLE
 

@@ -3,10 +3,9 @@
 import pytest
 
 from onward.errors import PlanError
-from onward.plan.gate import parse_condition, parse_length
+from onward.plan.gate import Otherwise, parse_condition, parse_length
 from onward.plan.json_schema import json_schema
 from onward.plan.load import load_plan
-from onward.plan.schema import Otherwise
 
 PLAN = """model: m
 stages:

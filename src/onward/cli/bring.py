@@ -68,12 +68,12 @@ def _model(arguments: argparse.Namespace) -> int:
     from onward.foreign.layouts.adapters import import_adapter
     from onward.foreign.layouts.convert import import_model
     from onward.model.shapes import parameter_shapes
-    from onward.runs.reference import path_of
 
-    source, out = path_of(arguments.source), Path(arguments.out)
+    source, out = Path(arguments.source), Path(arguments.out)
     if not source.is_dir():
-        hint = f"onward inspect {arguments.source} says what it is"
-        raise PlanError("is a file: a model or an adapter is a directory", where=arguments.source, hint=hint)
+        hint = f"onward inspect {source} says what it is" if source.exists() else None
+        reason = "is a file: a model or an adapter is a directory" if source.exists() else "no such directory"
+        raise PlanError(reason, where=str(source), hint=hint)
     if (source / "adapter_config.json").is_file():
         base = Path(arguments.base) if arguments.base else None
         show(import_adapter(source, base, out, shapes_of=parameter_shapes), as_json=arguments.json)

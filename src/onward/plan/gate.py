@@ -1,4 +1,4 @@
-"""What a gate requires and how long it extends a stage, read from the plan's texts."""
+"""A stage's gate: what it requires and how long it extends a stage, read from the plan's texts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import operator
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from onward.plan.learning import Count, Strict
 
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 CONDITION = re.compile(r"\s*([\w.:]+)\s*(>=|<=|>|<)\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*")
@@ -41,3 +46,35 @@ def parse_length(text: str) -> tuple[str, int]:
     if not match:
         raise ValueError(f"{text!r} is no length: write 1 epoch or 200 steps")
     return f"{match[2]}s", int(match[1])
+
+
+class Otherwise(Strict):
+    """What becomes of a stage that does not pass its gate: more steps, and its output is measured again; or the end."""
+
+    extend: str | None = Field(None, description="how much longer: `1 epoch`, `200 steps`; without it the run stops")
+    schedule: Literal["rewarm", "constant", "continue"] = Field("rewarm", description="as for onward extend")
+    at_most: Count = Field(1, description="so many extensions; then the run stops")
+
+    @model_validator(mode="after")
+    def _a_length(self) -> Otherwise:
+        if self.extend is not None:
+            parse_length(self.extend)
+        return self
+
+
+class Gate(Strict):
+    """What a stage's output must reach before the next stage begins."""
+
+    require: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        description="a condition on a metric of evaluate, or a list of them: `exact_match >= 0.8`"
+    )
+    otherwise: Otherwise = Otherwise()
+
+    @property
+    def conditions(self) -> list[Condition]:
+        return [parse_condition(text) for text in ([self.require] if isinstance(self.require, str) else self.require)]
+
+    @model_validator(mode="after")
+    def _conditions(self) -> Gate:
+        assert self.conditions
+        return self

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from onward.plan.gate import Condition, parse_condition, parse_length
+from onward.plan.gate import Gate, parse_length
 from onward.plan.learning import Count, NotNegative, Optimizer, Positive, Schedule, Strict, Train
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
@@ -70,38 +70,6 @@ class Evaluate(Strict):
     every: Count | None = Field(None, description="steps")
     limit: Count | None = Field(None, description="use the first so many samples")
     max_new_tokens: Count = Field(64, description="the longest answer that is generated")
-
-
-class Otherwise(Strict):
-    """What becomes of a stage that does not pass its gate: more steps, and its output is measured again; or the end."""
-
-    extend: str | None = Field(None, description="how much longer: `1 epoch`, `200 steps`; without it the run stops")
-    schedule: Literal["rewarm", "constant", "continue"] = Field("rewarm", description="as for onward extend")
-    at_most: Count = Field(1, description="so many extensions; then the run stops")
-
-    @model_validator(mode="after")
-    def _a_length(self) -> Otherwise:
-        if self.extend is not None:
-            parse_length(self.extend)
-        return self
-
-
-class Gate(Strict):
-    """What a stage's output must reach before the next stage begins."""
-
-    require: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        description="a condition on a metric of evaluate, or a list of them: `exact_match >= 0.8`"
-    )
-    otherwise: Otherwise = Otherwise()
-
-    @property
-    def conditions(self) -> list[Condition]:
-        return [parse_condition(text) for text in ([self.require] if isinstance(self.require, str) else self.require)]
-
-    @model_validator(mode="after")
-    def _conditions(self) -> Gate:
-        assert self.conditions
-        return self
 
 
 class EarlyStopping(Strict):

@@ -7,7 +7,7 @@ from collections.abc import Collection
 
 from pydantic import BaseModel
 
-from onward.plan import learning, schema
+from onward.plan import gate, learning, schema
 
 # Ours, and how others spell it. Where two of ours could be meant, the level at which it stands decides.
 _CALLED: dict[str, str] = {
@@ -186,8 +186,8 @@ HOMES: tuple[tuple[str, frozenset[str]], ...] = (
     ("images", _keys(schema.Images)),
     ("evaluate", _keys(schema.Evaluate)),
     ("early_stopping", _keys(schema.EarlyStopping)),
-    ("gate", _keys(schema.Gate)),
-    ("gate.otherwise", _keys(schema.Otherwise)),
+    ("gate", _keys(gate.Gate)),
+    ("gate.otherwise", _keys(gate.Otherwise)),
     ("output", _keys(schema.Output)),
     ("model, from parts", _keys(schema.Parts)),
     ("checkpoint", _keys(schema.CheckpointPlan)),

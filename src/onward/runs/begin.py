@@ -15,7 +15,6 @@ from onward.checkpoint.read import own_checkpoints
 from onward.errors import DamageError
 from onward.files import canonical_json, digest_bytes, digest_file, read_jsonl, write_durably
 from onward.plan.changes import (
-    Branch,
     Change,
     Judgement,
     change_text,
@@ -24,10 +23,10 @@ from onward.plan.changes import (
     fingerprint_changes,
     judge,
     plan_changes,
-    refusal,
 )
 from onward.plan.load import LoadedPlan
 from onward.plan.lock import Amendment, Lock, locked_plan, plan_values, read_lock, write_lock
+from onward.plan.refusal import Branch, refusal
 from onward.plan.schema import Plan
 from onward.plan.table import TIERS
 from onward.runs.account import Account

@@ -40,13 +40,9 @@ def parse_reference(text: str) -> Reference:
 
 
 def path_of(name: str) -> Path:
-    """The path of that name; or where the checkpoint lies that it names, as RUN@STAGE/STEP. PlanError for neither."""
+    """The path of that name; or where the checkpoint lies that it names, as RUN@STAGE/STEP."""
     path = Path(name)
-    if path.exists():
-        return path
-    if "@" not in name:
-        raise PlanError("no such file or directory", where=name)
-    return _located(parse_reference(name))[0]
+    return path if path.exists() or "@" not in name else _located(parse_reference(name))[0]
 
 
 def find_checkpoint(reference: Reference) -> Checkpoint:

@@ -77,6 +77,8 @@ class TensorFile(Mapping[str, "torch.Tensor"]):
 
 def open_adapter(directory: Path) -> Adapter:
     """The adapter in a PEFT directory; its tensors are read when they are asked for."""
+    if not directory.exists():
+        raise InputError("no such directory", where=str(directory))
     if not (directory / ADAPTER_CONFIG).exists():
         raise InputError(f"is no PEFT adapter: it has no {ADAPTER_CONFIG}", where=str(directory))
     if not (directory / ADAPTER_TENSORS).exists():
