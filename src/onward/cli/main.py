@@ -9,7 +9,6 @@ import difflib
 import errno
 import io
 import json
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from onward.cli import branch, bring, chat, check, look, models, parts, prove, r
 from onward.cli.output import abandon
 from onward.cli.parser import Parser
 from onward.errors import Interrupted, OnwardError, PlanError
+from onward.runs.quiet import quiet
 
 ABOUT = """\
 Fine-tune language and vision-language models in stages, and never lose a run.
@@ -40,9 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that spin while they wait slow each other down several times as soon as a core has other work to do;
     # on an idle machine sleeping costs a few per cent. Read by OpenMP when torch loads it.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # PEFT imports both: they warn of kernels and devices not used here. DeepSpeed sets its level, and writes to stdout.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    logging.getLogger("DeepSpeed").addFilter(_is_error)
+    quiet()
     for stream in (sys.stdout, sys.stderr):  # a terminal of another encoding: no word of ours may end a run
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -63,10 +61,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         hint = "free some space, then run the same command again: what was committed is whole" if is_full else None
         return _report(OnwardError(error.strerror or str(error), where=where, hint=hint), as_json="--json" in words)
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
 
 
 def _command(words: list[str]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import multiprocessing
 import os
 import signal
@@ -14,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from onward.errors import OnwardError
+from onward.runs.quiet import quiet
 from onward.runs.start import start
 
 DYING = "killed here"
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as in the command itself: PEFT imports it, and it warns
+quiet()  # here, because the process from which the starts are forked imports this module first
 
 
 @dataclass(frozen=True)

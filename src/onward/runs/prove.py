@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 STEPS = 6  # of a stage, at least: fewer have no room for all kills
 SAVE_EVERY = 2
-PRELOADED = ("runs.killed", "data.encode", "model.load", "runs.walk", "train.loop")  # the first quiets bitsandbytes
+PRELOADED = ("runs.killed", "data.encode", "model.load", "runs.walk", "train.loop")  # the first makes libraries quiet
 EVALUATED = 16  # held-out samples, at most
 POINTS = {
     "epoch": "after step {}, an epoch's last",
