@@ -149,7 +149,7 @@ def test_ids_tell_files_of_one_name_apart(encoder, tmp_path):
 
 def test_sources_that_give_nothing(encoder, tmp_path):
     empty = write_rows(tmp_path / "empty.jsonl", [])
-    with pytest.raises(InputError, match=r"empty.jsonl: gives no samples: 0 of 0 rows are usable"):
+    with pytest.raises(InputError, match=r"empty.jsonl: is empty"):
         prepare([source(empty)], encoder, on_bad_sample="skip")
     few = write_rows(tmp_path / "few.jsonl", GOOD)
     with pytest.raises(InputError, match=r"10 of 10 rows are usable, repeat is 0\.01"):

@@ -91,7 +91,7 @@ def test_a_damaged_checkpoint_is_not_pinned(run: Path, capsys: pytest.CaptureFix
         ("run@sft/3", "stage sft has no checkpoint 3: it has 2"),
         ("run@sft/best", "stage sft has no checkpoint best: it has 2"),
         ("run@align/2", "no stage is called align; the stages are sft"),
-        ("nothing@sft/2", "nothing: is no run directory"),
+        ("nothing@sft/2", "nothing: no such directory"),
         ("run/sft/2", "it is RUN@STAGE/STEP"),
     ],
 )
