@@ -311,6 +311,88 @@ def internvl_config(chance: random.Random, kind: str, vocabulary: int, **changes
     }  # fmt: skip
 
 
+def qwen_vl(directory: Path, chance: random.Random, seed: int) -> tuple[dict, Tensors]:
+    """A first Qwen-VL of random size: its language model is as wide as the resampler's heads of 128 are."""
+    legacy.tiktoken_files(directory, size=280)
+    text = language_config("qwen", chance, 280 + 217 + 3)
+    out, heads, patch = 128 * chance.choice((1, 2)), chance.choice((1, 2, 4)), chance.choice((7, 14))
+    head, both = 64 // heads * heads, chance.choice((True, False))
+    width = out if both else head
+    text |= {"hidden_size": out, "num_attention_heads": 4, "kv_channels": out // 4, "seq_length": 512}
+    text |= {"max_position_embeddings": 512}
+    visual = {
+        "width": width, "heads": heads, "layers": chance.choice((1, 2)), "mlp_ratio": chance.choice((2.0, 4.9231)),
+        "patch_size": patch, "image_size": patch * chance.choice((3, 4, 16)), "output_dim": out,
+        "image_start_id": 280 + 208 + 6, "n_queries": chance.choice((1, 4, 16)),
+    }  # fmt: skip
+    mlp, at = int(width * visual["mlp_ratio"]), "transformer.visual."
+    shapes: dict[str, tuple[int, ...]] = {"positional_embedding": (256, width), "proj": (out, out)}
+    shapes |= {"conv1.weight": (width, 3, patch, patch), "attn_pool.query": (visual["n_queries"], out)}
+    norms = {"ln_pre": width, "ln_post": out, "attn_pool.ln_q": out, "attn_pool.ln_kv": out}
+    layers = {"attn_pool.attn.out_proj": (out, out)}
+    for n in range(visual["layers"]):
+        block = f"transformer.resblocks.{n}."
+        norms |= {f"{block}ln_1": width, f"{block}ln_2": width}
+        layers |= {
+            f"{block}attn.in_proj": (3 * width, width), f"{block}attn.out_proj": (width, width),
+            f"{block}mlp.c_fc": (mlp, width), f"{block}mlp.c_proj": (width, mlp),
+        }  # fmt: skip
+    for name, size in norms.items():
+        shapes |= {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+    for name, shape in layers.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    shapes |= {"attn_pool.attn.in_proj_weight": (3 * out, out), "attn_pool.attn.in_proj_bias": (3 * out,)}
+    if width != out:
+        shapes["attn_pool.kv_proj.weight"] = (out, width)
+    config = {**text, "visual": visual}
+    tensors = draw({**language_shapes(text), **{at + name: shape for name, shape in shapes.items()}}, seed, "float32")
+    tensors[f"{at}attn_pool.pos_embed"] = legacy.sines(visual["n_queries"], out)
+    legacy.save(directory, tensors, config, pickled=chance.random() < 0.5)
+    return config, tensors
+
+
+def resized(positions, side: int):
+    """Positions of a square grid on another: bicubic, corners not aligned."""
+    grid = positions.reshape(1, math.isqrt(len(positions)), math.isqrt(len(positions)), -1).permute(0, 3, 1, 2)
+    return F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)[0].flatten(1).T
+
+
+def attended(q, k, v, heads: int):
+    q, k, v = (value.reshape(len(value), heads, -1) for value in (q, k, v))
+    weights = (torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, v).flatten(1)
+
+
+def qwen_vl_features(c: dict, given: Tensors, pixels) -> torch.Tensor:
+    """What the language model reads of one image [3, side, side]: [queries, width]."""
+    v, at = c["visual"], "transformer.visual."
+    own = {name.removeprefix(at): tensor.float() for name, tensor in given.items() if name.startswith(at)}
+
+    def norm(name: str, value):
+        return F.layer_norm(value, value.shape[-1:], own[f"{name}.weight"], own[f"{name}.bias"], 1e-6)
+
+    def linear(name: str, value):
+        return F.linear(value, own[f"{name}.weight"], own.get(f"{name}.bias"))
+
+    patches = F.conv2d(pixels[None], own["conv1.weight"], stride=v["patch_size"])[0]
+    side = patches.shape[-1]
+    x = norm("ln_pre", patches.flatten(1).T + resized(own["positional_embedding"], side))
+    for n in range(v["layers"]):
+        block = f"transformer.resblocks.{n}."
+        fused = linear(f"{block}attn.in_proj", norm(f"{block}ln_1", x)).reshape(len(x), v["heads"], 3, -1)
+        seen = attended(*(fused[:, :, part].flatten(1) for part in range(3)), v["heads"])
+        x = x + linear(f"{block}attn.out_proj", seen)
+        x = x + linear(f"{block}mlp.c_proj", F.gelu(linear(f"{block}mlp.c_fc", norm(f"{block}ln_2", x))))
+    source = linear("attn_pool.kv_proj", x) if "attn_pool.kv_proj.weight" in own else x
+    source, places = norm("attn_pool.ln_kv", source), own["attn_pool.pos_embed"]
+    query = norm("attn_pool.ln_q", own["attn_pool.query"]) + places
+    weights, biases = own["attn_pool.attn.in_proj_weight"].chunk(3), own["attn_pool.attn.in_proj_bias"].chunk(3)
+    parts = (query, source + resized(places, side), source)
+    q, k, value = (F.linear(part, w, b) for part, w, b in zip(parts, weights, biases, strict=True))
+    y = linear("attn_pool.attn.out_proj", attended(q, k, value, v["output_dim"] // 128))
+    return norm("ln_post", y) @ own["proj"]
+
+
 def tokenizer_files(directory: Path, kind: str) -> int:
     """A tokenizer that fits the language model; how many ids there are."""
     if kind == "qwen":

@@ -408,6 +408,22 @@ def test_an_image_in_a_chat_is_written_where_it_stands(originals: Path, tmp_path
     assert tokenizer.context_image_token == "<IMG_CONTEXT>"
 
 
+@pytest.mark.parametrize("dynamic, tiles", [(True, 4), (False, 1)])
+def test_a_wide_image_has_as_many_tiles_as_the_configuration_says(tmp_path: Path, dynamic: bool, tiles: int) -> None:
+    from PIL import Image
+    from transformers import AutoTokenizer
+
+    from onward.data.vision import ImageLimits, load_vision
+
+    legacy.internvl(tmp_path / "theirs", theirs=(("dynamic_image_size", dynamic), ("max_dynamic_patch", 3)))
+    report = convert(tmp_path / "theirs", tmp_path / "ours")
+    assert any("one tile" in note for note in report.notes) != dynamic
+    vision = load_vision(tmp_path / "ours", AutoTokenizer.from_pretrained(tmp_path / "ours"), ImageLimits())
+    assert vision is not None
+    assert len(vision.read([Image.new("RGB", (300, 100))])["pixel_values"]) == tiles  # three and the whole
+    assert vision.replacements([(100, 300)])[0].count("<IMG_CONTEXT>") == 4 * tiles
+
+
 def test_qwen_vl_generates_saves_and_loads_again(tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText
 

@@ -55,6 +55,27 @@ def test_logits_of_random_sizes(tmp_path: Path, kind: str, seed: int) -> None:
         assert float((found - wanted).abs().max()) < BOUND and float(wanted.std()) > 0.1
 
 
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.whole) for seed in range(2, 20))])
+def test_features_of_a_first_qwen_vl_of_random_size(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    config, tensors = originals.qwen_vl(tmp_path / "theirs", chance, seed)
+    assert main(["import", str(tmp_path / "theirs"), "--out", str(tmp_path / "ours")]) == 0
+    model, side = loaded(tmp_path / "ours"), config["visual"]["image_size"]
+    pixels = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        found = model.model.visual(pixels)
+        wanted = torch.stack([originals.qwen_vl_features(config, tensors, image) for image in pixels])
+    assert float((found - wanted).abs().max()) < BOUND and float(wanted.std()) > 0.1
+    tags = config["visual"]["image_start_id"]
+    ids = [5, 6, tags, *[tags + 2] * found.shape[1], tags + 1, 9, 11, 12]
+    with torch.no_grad():
+        seen = model(input_ids=torch.tensor([ids]), pixel_values=pixels[:1]).logits[0]
+        read = originals.embedding_of(config, tensors).float()[torch.tensor(ids)]
+        read[3 : 3 + found.shape[1]] = wanted[0]
+        expected = originals.decoder(config, {name: t.float() for name, t in tensors.items()}, read)
+    assert float((seen - expected).abs().max()) < BOUND
+
+
 @pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize("says", [{"legacy": True}, {"legacy": False}, {"add_bos_token": False}])
 def test_a_llama_s_sentencepiece_inside_internvl(tmp_path: Path, prefix: bool, says: dict) -> None:
@@ -94,3 +115,74 @@ def test_a_tokenizer_json_is_taken_as_it_is(tmp_path: Path) -> None:
     ours = AutoTokenizer.from_pretrained(tmp_path / "ours")
     for text in legacy.texts("English", 60, seed=2):
         assert ours(text).input_ids == theirs.encode(text).ids
+
+
+def imported(directory: Path, config: dict, tensors: dict) -> float:
+    """The largest difference of logits from those of the configuration and tensors that were made before."""
+    assert main(["import", str(directory), "--out", str(directory.with_name("ours"))]) == 0
+    ids = list(range(3, 23))
+    with torch.no_grad():
+        found = loaded(directory.with_name("ours"))(input_ids=torch.tensor([ids])).logits[0]
+    return float((found - originals.logits(config, tensors, ids)).abs().max())
+
+
+OLDER = {
+    "hidden_size": "n_embd", "num_attention_heads": "n_head", "num_hidden_layers": "n_layer",
+    "intermediate_size": "ffn_hidden_size", "max_position_embeddings": "n_positions",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["the first release's keys", "the newest keys", "wrappers", "no prefix"])
+def test_the_same_model_as_other_versions_write_it(tmp_path: Path, how: str) -> None:
+    kind = "qwen" if how.startswith("the first") else "internlm2"
+    directory = tmp_path / "theirs"
+    rope = {"rope_theta": 1e6, "rope_scaling": None} if kind == "internlm2" else {}
+    config = originals.language_config(kind, random.Random(1), originals.tokenizer_files(directory, kind), **rope)
+    tensors, given = originals.write(directory, config, 1), dict(config)
+    names = {name: name for name in tensors}
+    if kind == "qwen":
+        given = {OLDER.get(key, key): value for key, value in config.items()}
+        given |= {"padded_vocab_size": given["vocab_size"], "vocab_size": given["vocab_size"] - 7}
+    elif how == "the newest keys":
+        given = {key: value for key, value in config.items() if key not in (*rope, "torch_dtype")}
+        given |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "dtype": "float32"}
+    elif how == "wrappers":
+        names = {name: f"module.base_model.model.{name}" for name in tensors}
+    else:
+        names = {name: name.removeprefix("model.") for name in tensors}
+    legacy.save(directory, {names[name]: tensor for name, tensor in tensors.items()}, given)
+    assert imported(directory, config, tensors) < BOUND
+    assert json.loads((tmp_path / "ours/config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_internvl_s_own_lora_is_added(tmp_path: Path) -> None:
+    """As its fine-tuning saves: the whole model inside PEFT's wrapper, adapters beside their layers."""
+    directory, generator = tmp_path / "theirs", torch.Generator().manual_seed(0)
+    words = originals.tokenizer_files(directory, "internlm2")
+    ranks = {"use_llm_lora": 3, "use_backbone_lora": 2}
+    config = originals.internvl_config(random.Random(3), "internlm2", words, **ranks)
+    tensors = originals.write(directory, config, 3)
+    folded, saved = dict(tensors), {}
+    for name, tensor in tensors.items():
+        module, _, rest = name.partition(".")
+        rank = {"language_model": 3, "vision_model": 2}.get(module)
+        wrapped = f"{module}.base_model.model.{rest}" if rank else name
+        if rank and name.endswith((".wqkv.weight", ".w2.weight", "attn.qkv.weight", "mlp.fc1.weight")):
+            a = torch.randn(rank, tensor.shape[1], generator=generator)
+            b = torch.randn(tensor.shape[0], rank, generator=generator) * 0.1
+            folded[name] = tensor + 2.0 * b @ a  # alpha is twice the rank
+            stem = wrapped.removesuffix(".weight")
+            saved |= {f"{stem}.lora_A.default.weight": a, f"{stem}.lora_B.default.weight": b}
+            wrapped = f"{stem}.base_layer.weight"
+        saved[wrapped] = tensor
+    legacy.save(directory, saved, config)
+    assert imported(directory, config, folded) < BOUND
+    side = json.loads((tmp_path / "ours/preprocessor_config.json").read_text())["size"]["height"]
+    pixels = torch.randn(1, 3, side, side, generator=generator)
+    with torch.no_grad():
+        seen = loaded(tmp_path / "ours").model.get_image_features(pixel_values=pixels).pooler_output[0]
+    assert float((seen - originals.features(config, folded, pixels[0])).abs().max()) < BOUND
+    told = json.loads((tmp_path / "ours/onward-import.json").read_text())
+    assert any("rounded once" in note for note in told["notes"])
+    legacy.save(directory, saved, {**config, "use_llm_lora": 0})
+    assert main(["import", str(directory), "--out", str(tmp_path / "no")]) == 1

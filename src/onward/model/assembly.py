@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onward.checkpoint.tensorfile import TORCH_NAMES, FileRecord
+from onward.checkpoint.tensorfile import FileRecord
 from onward.errors import InputError, PlanError
 from onward.files import committed_directory, digest_file, read_json, require_space
 from onward.foreign import llava
@@ -24,6 +24,7 @@ from onward.weights.assemble import (
     AssemblyReport,
     Part,
     check_assignment,
+    main_dtype,
     specs_of,
     write_model,
     write_report,
@@ -97,7 +98,7 @@ def _from_parts(request: Request, out: Path) -> AssemblyReport:
         shop.settings.assumed["chat template"] = wholes.write_chat_template(unfinished, token)
         prefixes = _on_disk(config.vision_config.model_type)
         written = [Part(m, {_disk_name(prefixes[m], n): p for n, p in ps.items()}) for m, ps in parts.items()]
-        config.dtype = main_dtype(written, request.dtype)
+        config.dtype = main_dtype(specs_of(written, request.dtype).values())
         config.save_pretrained(unfinished)
         return finished(unfinished, shop, written)
 
@@ -198,14 +199,6 @@ def without_tied_head(
         raise InputError("config.json ties it to the embedding, but the two differ", where=HEAD)
     left_out[HEAD] = "tied: it is the embedding"
     return {name: piece for name, piece in pieces.items() if name != HEAD}
-
-
-def main_dtype(parts: list[Part], asked: str | None) -> str:
-    """The type that transformers computes in unless told otherwise: that of the most bytes."""
-    sizes: dict[str, int] = {}
-    for spec in specs_of(parts, asked).values():
-        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
-    return TORCH_NAMES[max(sorted(sizes), key=lambda dtype: sizes[dtype])]
 
 
 def _with_rows(text: Pieces, config: Any, needed: int, token: str) -> dict[str, Piece]:

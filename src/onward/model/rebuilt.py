@@ -15,13 +15,13 @@ from onward.foreign.converted import converted
 from onward.foreign.layouts import Layout, layout_of
 from onward.foreign.layouts.rules import on_disk
 from onward.foreign.pieces import model_pieces
-from onward.model.assembly import EMBEDDING, finished, main_dtype, without_buffers, without_tied_head
+from onward.model.assembly import EMBEDDING, finished, without_buffers, without_tied_head
 from onward.model.families import find_family
 from onward.model.families.family import WHOLES
 from onward.model.partition import into_whole
 from onward.model.shapes import parameter_shapes
 from onward.model.workshop import Request, Settings, Workshop
-from onward.weights.assemble import AssemblyReport, Part, check_assignment, specs_of
+from onward.weights.assemble import AssemblyReport, Part, check_assignment, main_dtype, specs_of
 from onward.weights.pieces import Piece, Pieces, renamed
 from onward.weights.shards import INDEX, PARTS
 from onward.weights.sidecars import copy_sidecars
@@ -75,7 +75,7 @@ def over_base(request: Request, out: Path) -> AssemblyReport:
             layout.files(base, unfinished, config, ours)
         parts = [Part(owner_of_ours, {n: written[n] for n in mine}) for owner_of_ours, mine in _grouped(written, ours)]
         if request.dtype or layout:
-            ours = {**ours, "dtype": main_dtype(parts, request.dtype)}
+            ours = {**ours, "dtype": main_dtype(specs_of(parts, request.dtype).values())}
             ours.pop("torch_dtype", None)
         (unfinished / "config.json").unlink(missing_ok=True)
         write_json(unfinished / "config.json", ours)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from onward.checkpoint.manifest import write_file
-from onward.checkpoint.tensorfile import CHECKSUM, FileRecord, TensorSpec, tensor_bytes
+from onward.checkpoint.tensorfile import CHECKSUM, TORCH_NAMES, FileRecord, TensorSpec, tensor_bytes
 from onward.errors import InputError
 from onward.files import Hasher
 from onward.weights.pieces import Piece, written
@@ -113,6 +113,14 @@ def specs_of(parts: Iterable[Part], dtype: str | None) -> dict[str, TensorSpec]:
         for part in parts
         for name, piece in part.pieces.items()
     }
+
+
+def main_dtype(specs: Iterable[TensorSpec]) -> str:
+    """The type that transformers computes in unless told otherwise: that of the most bytes."""
+    sizes: dict[str, int] = {}
+    for spec in specs:
+        sizes[spec.dtype] = sizes.get(spec.dtype, 0) + spec.nbytes
+    return TORCH_NAMES[max(sorted(sizes), key=lambda dtype: sizes[dtype])]
 
 
 def write_model(

@@ -18,10 +18,12 @@ from onward.files import committed_directory, digest_file, read_json, require_sp
 from onward.foreign.converted import converted
 from onward.foreign.layouts import layout_of
 from onward.foreign.layouts.gptq import unpacked
-from onward.foreign.layouts.layout import readable
+from onward.foreign.layouts.layout import DTYPE, readable
 from onward.foreign.layouts.rules import on_disk
+from onward.foreign.layouts.wrapped import unwrapped
 from onward.foreign.llava import is_llava_config
 from onward.foreign.pieces import GPTQ, model_pieces
+from onward.weights.assemble import main_dtype
 from onward.weights.pieces import Piece, Pieces, written
 from onward.weights.sharded import Pending, write_sharded
 from onward.weights.shards import INDEX, SINGLE
@@ -90,7 +92,9 @@ def import_model(source: Path, out: Path, *, shapes_of: Shapes) -> ImportReport:
         return _repacked(source, out, config)
     with readable(source):
         target, rules = layout.config(config, source), layout.rules(config)
-    theirs, notes = unpacked(model_pieces(source), config, source)
+    whole, notes = unpacked(model_pieces(source), config, source)
+    theirs, more = unwrapped(whole, config, source)
+    notes += more
     left: dict[str, str] = {}
     ours = converted(theirs, rules, left)
     if target.config["tie_word_embeddings"]:
@@ -102,10 +106,12 @@ def import_model(source: Path, out: Path, *, shapes_of: Shapes) -> ImportReport:
         for name, piece in ours.items()
     ]
     size = sum(tensor.spec.nbytes for tensor in pending)
+    made = {key: value for key, value in target.config.items() if key not in DTYPE}
+    made["torch_dtype"] = main_dtype(tensor.spec for tensor in pending)  # packed weights become wider
     require_space(out, size, "the converted model")
     with committed_directory(out) as unfinished:
         records = write_sharded(unfinished, pending)
-        write_json(unfinished / "config.json", target.config)
+        write_json(unfinished / "config.json", made)
         with readable(source):
             notes += layout.files(source, unfinished, config, target.config)
         report = ImportReport(
@@ -120,7 +126,7 @@ def import_model(source: Path, out: Path, *, shapes_of: Shapes) -> ImportReport:
             notes=tuple(notes),
             files=_records(unfinished, records),
         )
-        used = sorted({Path(piece.origin) for piece in theirs.values()} | {source / "config.json"})
+        used = sorted({Path(piece.origin) for piece in whole.values()} | {source / "config.json"})
         provenance = {
             **report.to_json(),
             "source_config": config,  # adapters that were made for the original need it

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from onward.errors import InputError
-from onward.foreign.layouts.layout import Config, Converted, Layout, number, present
+from onward.foreign.layouts.layout import DTYPE, Config, Converted, Layout, number, present
 from onward.foreign.layouts.rules import Part, Rows, Rule, rule
 from onward.foreign.layouts.sidecars import convert_text_tokenizer, write_generation_config
 
@@ -24,11 +24,11 @@ def text_config(config: Config, where: str) -> tuple[dict[str, Any], tuple[str, 
     kv_heads = config.get("num_key_value_heads") or heads
     if width % heads or heads % kv_heads:
         raise InputError(f"{width} wide, {heads} heads, {kv_heads} key-value heads do not divide", where=where)
+    config = {**config, **(config.get("rope_parameters") or {})}  # where newer versions of transformers write it
     scaling, limits = rope_scaling(config, where)
     kept = present(
-        config, "hidden_act", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype",
-        "use_cache",
-    )  # fmt: skip
+        config, "hidden_act", "initializer_range", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", *DTYPE
+    )
     converted: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -53,7 +53,8 @@ def text_config(config: Config, where: str) -> tuple[dict[str, Any], tuple[str, 
 
 def rope_scaling(config: Config, where: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Ours for theirs: both compute `dynamic` and `linear` alike."""
-    given = config.get("rope_scaling")
+    newer = config.get("rope_parameters") or {}
+    given = config.get("rope_scaling") or (newer if newer.get("rope_type", "default") != "default" else None)
     if not given:
         return {}, ()
     kind = given.get("type", given.get("rope_type")) if isinstance(given, dict) else None
@@ -75,10 +76,11 @@ def rules(config: Config, here: str = "model", head: str = "lm_head", there: str
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     group = heads // kv_heads
-    own, theirs = rf"{here}.layers.\1", rf"{there}model\.layers\.(\d+)"
+    there += r"(?:model\.)?"  # InternLM2Model by itself has it not
+    own, theirs = rf"{here}.layers.\1", rf"{there}layers\.(\d+)"
     return (
-        rule(rf"{there}model\.tok_embeddings", f"{here}.embed_tokens"),
-        rule(rf"{there}model\.norm", f"{here}.norm"),
+        rule(rf"{there}tok_embeddings", f"{here}.embed_tokens"),
+        rule(rf"{there}norm", f"{here}.norm"),
         rule(rf"{there}output", head),
         Rule(
             rf"{theirs}\.attention\.wqkv",

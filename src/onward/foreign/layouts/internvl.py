@@ -201,8 +201,7 @@ def rules(config: Config) -> tuple[Rule, ...]:
 
 
 def write_files(source: Path, out: Path, config: Config, converted: Config) -> list[str]:
-    size, patches = _side(config), config.get("max_dynamic_patch", 6)
-    tiled = bool(config.get("dynamic_image_size", False))
+    size, tiled = _side(config), bool(config.get("dynamic_image_size", False))
     given = read_json(source / "preprocessor_config.json") if (source / "preprocessor_config.json").is_file() else {}
     image_processor = {
         "image_processor_type": "GotOcr2ImageProcessor",
@@ -217,8 +216,8 @@ def write_files(source: Path, out: Path, config: Config, converted: Config) -> l
         "image_mean": given.get("image_mean", MEAN),
         "image_std": given.get("image_std", DEVIATION),
         "crop_to_patches": tiled,
-        "min_patches": config.get("min_dynamic_patch", 1),
-        "max_patches": patches,
+        "min_patches": config.get("min_dynamic_patch", 1) if tiled else 1,
+        "max_patches": config.get("max_dynamic_patch", 6) if tiled else 1,  # InternVLProcessor crops whatever it says
     }
     write_json(out / "preprocessor_config.json", image_processor)
     write_json(
@@ -234,8 +233,9 @@ def write_files(source: Path, out: Path, config: Config, converted: Config) -> l
         template.write_text(with_images(template.read_text(), f"'{IMAGE}\\n'"))
     if not tiled:
         return [*notes, "one tile an image: its configuration has dynamic_image_size off"]
-    thumbnail = bool(config.get("use_thumbnail", False))
-    return notes if thumbnail else [*notes, "it has use_thumbnail off; here an image of several tiles gets one"]
+    if not config.get("use_thumbnail", False):
+        notes += ["it has use_thumbnail off; here an image of several tiles gets one"]
+    return notes
 
 
 INTERNVL = Layout("InternVL chat", "InternVLForConditionalGeneration", convert_config, rules, write_files, DISK)

@@ -8,8 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from onward.errors import InputError
-from onward.foreign.layouts.layout import Config, Converted, Layout, must_be, number, present
+from onward.foreign.layouts.layout import DTYPE, Config, Converted, Layout, must_be, number, present
 from onward.foreign.layouts.rules import Rule, rule, thirds
+
+OLD = {
+    "n_embd": "hidden_size", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers",
+    "n_positions": "max_position_embeddings", "ffn_hidden_size": "intermediate_size",
+    "padded_vocab_size": "vocab_size", "attn_pdrop": "attn_dropout_prob", "embd_pdrop": "emb_dropout_prob",
+}  # fmt: skip
+"""Names of the first release's keys; the embedding has the padded rows."""
 
 
 def convert_config(config: Config, source: Path) -> Converted:
@@ -19,6 +26,7 @@ def convert_config(config: Config, source: Path) -> Converted:
     not in training; Qwen2 does neither, so the result is stated to reach to `seq_length` where either is on.
     """
     where = str(source / "config.json")
+    config = {**config, **{new: config[old] for old, new in OLD.items() if old in config}}
     heads, width = number(config, "num_attention_heads", where), number(config, "hidden_size", where)
     must_be(config, "scale_attn_weights", True, "Qwen2 always scales", where)
     must_be(config, "rotary_pct", 1.0, "Qwen2 turns the whole head", where)
@@ -47,7 +55,7 @@ def convert_config(config: Config, source: Path) -> Converted:
         "attention_dropout": config.get("attn_dropout_prob", 0.0),
         "use_sliding_window": False,
         "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
-        **present(config, "initializer_range", "torch_dtype", "use_cache"),
+        **present(config, "initializer_range", "use_cache", *DTYPE),
     }
     return Converted(converted, limits)
 

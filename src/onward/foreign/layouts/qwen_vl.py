@@ -5,13 +5,14 @@ The vision tower and its resampler keep their names and their fused rows.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 from onward.errors import InputError
 from onward.files import write_json
 from onward.foreign.layouts import qwen
-from onward.foreign.layouts.layout import Config, Converted, Layout, must_be, number
+from onward.foreign.layouts.layout import DTYPE, Config, Converted, Layout, must_be, number, present
 from onward.foreign.layouts.rules import Rule, rule
 
 QUERIES = 256
@@ -35,23 +36,23 @@ def convert_config(config: Config, source: Path) -> Converted:
         raise InputError(f"{width} wide, {out} out: not whole heads", where=where)
     if number(given, "image_size", where) % number(given, "patch_size", where):
         raise InputError("image_size is not whole patches", where=where)
-    start = number(given, "image_start_id", where)
-    inner = {key: value for key, value in text.config.items() if key not in ("architectures", "torch_dtype")}
+    start, queries = number(given, "image_start_id", where), given.get("n_queries", QUERIES)
+    if math.isqrt(queries) ** 2 != queries:
+        raise InputError(f"n_queries: {queries} are no square, as its positions are", where=where)
+    inner = {key: value for key, value in text.config.items() if key not in ("architectures", *DTYPE)}
     converted: dict[str, Any] = {
         "architectures": ["QwenVLForConditionalGeneration"],
         "model_type": "onward_qwen_vl",
         "text_config": inner,
         "vision_config": {
             **{key: given[key] for key in ("width", "layers", "heads", "mlp_ratio", "image_size", "patch_size")},
-            "queries": given.get("n_queries", QUERIES),
+            "queries": queries,
         },
         "image_start_id": start,
         "image_token_id": start + 2,
         "tie_word_embeddings": False,
     }
-    if config.get("torch_dtype") is not None:
-        converted["torch_dtype"] = config["torch_dtype"]
-    return Converted(converted, text.limits)
+    return Converted(converted | present(config, *DTYPE), text.limits)
 
 
 def rules(config: Config) -> tuple[Rule, ...]:

@@ -89,6 +89,8 @@ def convert_text_tokenizer(source: Path, out: Path) -> list[str]:
     import transformers
 
     whole = (source / "tokenizer.json").is_file()
+    if not whole and not (source / "vocab.json").is_file():
+        raise InputError("has no tokenizer.model, tokenizer.json or vocab.json", where=str(source))
     kind = transformers.PreTrainedTokenizerFast if whole else transformers.AutoTokenizer
     try:
         tokenizer = kind.from_pretrained(source, trust_remote_code=False, local_files_only=True)
