@@ -54,18 +54,33 @@ run whose first stage has a checkpoint at the source's step; from there it is a 
 | optimizer (AdamW) | both moments and the step count, by parameter name. Tools that number parameters (Trainer, mmengine) are read in the order of the model, and every shape must fit; otherwise it is refused |
 | schedule | the learning rates of the next steps are printed beside the source's; where they differ, `--accept schedule` |
 | frozen weights | not taken over: those of the plan's model must be the same, bit for bit, where the source holds them |
-| learning rate, weight decay, betas, eps, clipping, batch size | compared with what the source states; each difference is named and wants its `--accept` |
+| learning rate, weight decay, betas, eps, clipping, batch size, adapters' dropout | compared with what the source states; each difference is named and wants its `--accept` |
 | loss of a step | onward's is the mean over the step's target tokens. Trainer before 4.46, XTuner and DeepSpeed average micro-batches or ranks: where that differs, `--accept loss` |
+| vocabulary | XTuner's LLaVA has no token for images, a model that is put together here has one: adapters on the head get a row for it, the mean of the others, its moments too: `--accept vocabulary` |
 | place in the data | the step's place in onward's own order of the plan's data: `--accept data_order`, always, since no tool's order is onward's |
 | random state | no: dropout draws from the seed, stage and step |
 
+### Models that are converted, adapters on fused layers
+
+Trainings of models that [`onward import`](importing.md) converts go on in what it makes of the base: rows of weights and of moments go where the layers went, by the layout's own order where the
+tool numbers parameters. Qwen's `c_attn`, InternLM2's `wqkv` and InternViT's `attn.qkv` are one layer there and three here; an adapter on one has a single A, whose gradient is the sum of the three's.
+In the plan `shared_a: [q_proj, k_proj, v_proj]` keeps it single ([what that means](adapters.md#a-shared-a)). `inspect` prints the `model` and the `train` that the plan must have:
+
+```
+  the plan's model: DIR, DIR being what onward import qwen-7b --out DIR makes
+  the plan's train: {language_model: {mode: lora, rank: 8, alpha: 16, targets: [q_proj, k_proj, v_proj, o_proj, up_proj, gate_proj], shared_a: [q_proj, k_proj, v_proj]}}
+```
+
+A plan without `shared_a` is refused with the line that is missing. A base that was quantised with double quantisation while it was fused is not the same bits when its parts are (`mode: qlora`): the scales'
+mean is taken over a layer.
+
 Held by tests, fp32, dropout 0, the same batches: ten steps further the weights are those of the tool itself within 1e-6. Trainer 5 (full, part of a model, LoRA with
-`modules_to_save`; safetensors, `.bin`, shards), DeepSpeed ZeRO 1, 2 and 3 of one and two ranks, DeepSpeed inside Trainer, and files as XTuner lays them out, whose other side is torch's AdamW.
+`modules_to_save`; safetensors, `.bin`, shards), DeepSpeed ZeRO 1, 2 and 3 of one and two ranks, DeepSpeed inside Trainer, and files as XTuner lays them out, whose other side is torch's AdamW. Of fused layers Trainer 5 with PEFT on models that have
+Qwen's and InternLM2's own layers (adapters with whole embeddings and head, ranks and alphas by layer, full training), and Trainer 4.40 with Qwen's and Qwen-VL's own code: two steps after its checkpoint, its weights and gradient norms.
 
 A source without an optimizer's state starts a new stage *from weights*: its adapters and whole tensors are folded into the plan's model, and the stage begins at step 0.
 
-Refused, with the reason: adapters on fused layers (`wqkv`, `c_attn`), which go on as weights only; another optimizer than AdamW; tensor-parallel DeepSpeed; a shard set that is
-not whole; a projector of another depth than 2; FSDP's and DCP's sharded optimizer states (DCP is told, with torch's own command that makes one file of it).
+Refused, with the reason: another optimizer than AdamW; tensor-parallel DeepSpeed; a shard set that is not whole; a projector of another depth than 2; FSDP's and DCP's sharded optimizer states (DCP is told, with torch's own command that makes one file of it).
 
 ## What `inspect` says of real ones
 
@@ -87,10 +102,10 @@ def _row(tool: str, form: str, sample: str) -> str:
     command = (found.next_command or "none").replace(str(path), path.name)
     holds = "yes" if "optimizer" in found.facts else "no"
     exactly = "yes" if found.continues_exactly else "no"
-    if not found.continues_exactly and "share one adapter" in " ".join(found.missing):
-        exactly = "no: adapters on fused layers"
     note = command.partition(" (")
     shown = f"`{note[0]}`" + (f" ({note[2]}" if note[1] else "")
+    if "the plan's train" in found.facts:
+        shown += " with the `model` and `train` that `inspect` prints"
     return f"| {tool} | {form} | {found.kind} | {holds} | {exactly} | {shown} |"
 
 

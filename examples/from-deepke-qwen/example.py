@@ -4,8 +4,8 @@
 
 First a small native Qwen2 is trained by Trainer to step 20 of 60, as DeepKE's scripts do, and onward goes on from its
 checkpoint: moments, step count and learning rates are the source's. Then CHECKPOINT, a Trainer checkpoint over BASE, a
-first-generation Qwen with adapters on fused layers, is taken: its adapter is merged exactly, its optimizer's state can
-not be carried, and a new stage starts from weights. Without arguments: the samples beside the repository, if there.
+first-generation Qwen with adapters on fused layers, is merged exactly, and a new stage starts from weights; its own
+training could go on as well (docs/checkpoints.md). Without arguments: the samples beside the repository, if there.
 """
 
 from __future__ import annotations

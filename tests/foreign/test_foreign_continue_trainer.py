@@ -183,6 +183,7 @@ def test_what_goes_on_otherwise_must_be_accepted(trained, tmp_path):
         ("stages.only.train.language_model.alpha=8", "counts 1.5 times in the source"),
         ("stages.only.train.language_model.targets=[q_proj]", "has adapters that the plan does not train"),
         ("stages.only.train.language_model.targets=[q_proj,v_proj,down_proj,k_proj]", "does not hold"),
+        ("stages.only.train.language_model.shared_a=[q_proj,v_proj]", "the source has one for each"),
         ("stages.only.steps=6", "ends at step 6"),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import legacy_models as legacy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from samples import SAMPLES, needs_samples
+from samples import SAMPLES, dequantised, needs_samples, pixels_of
 
 from onward.cli.main import main
 from onward.errors import OnwardError
@@ -59,7 +58,7 @@ def test_samples_give_the_logits_of_their_own_code(tmp_path: Path, name: str, ba
     converted = convert(SAMPLES / base, tmp_path / "base")
     images = {}
     if base == "qwen-vl-tiny":
-        images = {"pixel_values": _pixels(base, probe["eval.input_ids"])}
+        images = {"pixel_values": pixels_of(base, probe["eval.input_ids"])}
     for given in (converted, SAMPLES / base):  # the model as it is now, and as it was
         out = tmp_path / f"adapter-{given.name}"
         report = import_adapter(SAMPLES / name / "checkpoint-6", given, out, shapes_of=parameter_shapes)
@@ -70,19 +69,6 @@ def test_samples_give_the_logits_of_their_own_code(tmp_path: Path, name: str, ba
             logits = model(input_ids=probe["eval.input_ids"], attention_mask=mask, **images).logits
         last = torch.stack([row[valid.bool()][-12:] for row, valid in zip(logits, mask, strict=True)])
         assert float((last - probe[f"{key}.logits_last12_valid"]).abs().max()) < BOUND
-
-
-def _pixels(base: str, input_ids: torch.Tensor) -> torch.Tensor:
-    """The images that a batch shows: between its tags stand their paths, byte by byte."""
-    start = json.loads((SAMPLES / base / "config.json").read_text())["visual"]["image_start_id"]
-    order = ["boat.png", "tram.png"]
-    shown = []
-    for row in input_ids.tolist():
-        for place, number in enumerate(row):
-            if number == start:
-                inside = row[place + 1 : row.index(start + 1, place)]
-                shown.append(order.index(bytes(i for i in inside if i < 256).decode()))
-    return load_file(SAMPLES / base / "probe.safetensors")["pixel_values"][shown]
 
 
 MODELS = {
@@ -170,19 +156,13 @@ def test_peft_and_merge_agree_on_the_result(tmp_path: Path) -> None:
 
 @needs_samples
 def test_the_qlora_sample_over_the_very_weights_that_it_was_trained_on(tmp_path: Path) -> None:
-    sample, base = SAMPLES / "qwen-vl-qlora-ckpt", tmp_path / "theirs"
-    shutil.copytree(SAMPLES / "qwen-vl-tiny", base, ignore=shutil.ignore_patterns("*.bin*", "probe*"))
-    from onward.foreign.pieces import model_pieces
-
-    whole = {name: stored.read().float() for name, stored in model_pieces(SAMPLES / "qwen-vl-tiny").items()}
-    dequantised = load_file(sample / "nf4_dequantized_linear.safetensors")
-    assert dequantised.keys() <= whole.keys()
-    save_file({**whole, **dequantised}, base / "model.safetensors")
+    sample = SAMPLES / "qwen-vl-qlora-ckpt"
+    base = dequantised(sample, SAMPLES / "qwen-vl-tiny", tmp_path / "theirs")
     converted = convert(base, tmp_path / "base")
     import_adapter(sample / "checkpoint-6", converted, tmp_path / "adapter", shapes_of=parameter_shapes)
     model = merged(tmp_path / "adapter", None, tmp_path / "merged")
     probe = load_file(sample / "probe.safetensors")
-    mask, pixels = probe["eval.attention_mask"], _pixels("qwen-vl-tiny", probe["eval.input_ids"])
+    mask, pixels = probe["eval.attention_mask"], pixels_of("qwen-vl-tiny", probe["eval.input_ids"])
     with torch.no_grad():
         logits = model(input_ids=probe["eval.input_ids"], attention_mask=mask, pixel_values=pixels).logits
     last = torch.stack([row[valid.bool()][-12:] for row, valid in zip(logits, mask, strict=True)])
@@ -262,29 +242,34 @@ def test_magnitudes_of_dora_are_split_with_the_rows(tmp_path: Path) -> None:
 
 
 @needs_samples
-def test_a_trainer_s_checkpoint_goes_on_by_the_printed_commands(tmp_path: Path) -> None:
-    """Adapters on a fused layer: a stage of its own, from the weights."""
-    found = inspect(SAMPLES / "qwen-7b-lora-ckpt/checkpoint-6")
-    assert "c_attn" in found.missing[0]
-    base = SAMPLES / "qwen-7b-tiny"
-    places = {"BASE": base, "ADAPTER": tmp_path / "adapter", "PLAN": tmp_path / "plan.yaml", "RUN": tmp_path / "run"}
+def test_a_trainer_s_checkpoint_goes_on_by_what_inspect_prints(tmp_path: Path) -> None:
+    """The plan's lines and the command; and an adapter alone, split, starts a stage from weights."""
+    sample, base = SAMPLES / "qwen-7b-lora-ckpt/checkpoint-6", SAMPLES / "qwen-7b-tiny"
+    found = inspect(sample)
     assert main(["import", str(base), "--out", str(tmp_path / "model")]) == 0
+    assert main(["import", str(sample), "--base", str(base), "--out", str(tmp_path / "adapter")]) == 0
     (tmp_path / "data.jsonl").write_text('{"prompt": "Hello", "response": "Yes"}\n' * 4)
-    (tmp_path / "plan.yaml").write_text(GOES_ON)
-    for command in str(found.next_command).partition(" (")[0].split(" && "):
-        words = [str(places.get(word, word)) for word in command.split()]
-        assert words[0] == "onward" and main(words[1:]) == 0
+    (tmp_path / "plan.yaml").write_text(GOES_ON.format(train=found.facts["the plan's train"]))
+    places = {"PLAN": tmp_path / "plan.yaml", "RUN": tmp_path / "run"}
+    words = [str(places.get(word, word)) for word in str(found.next_command).split()]
+    assert main([*words[1:], "--accept", "loss", "--accept", "data_order"]) == 0
     assert main(["run", str(tmp_path / "plan.yaml"), "--run", str(tmp_path / "run")]) == 0
+    words = ["import", str(tmp_path / "adapter"), "--plan", str(tmp_path / "plan.yaml"), "--run", str(tmp_path / "new")]
+    assert main(words) == 0
 
 
 GOES_ON = """
 model: model
-engine: {threads: 1}
+engine: {{threads: 1}}
 stages:
   - name: sft
-    train: {language_model: {mode: lora, rank: 2}}
+    train: {train}
     data: data.jsonl
-    steps: 1
-    batch_size: 2
+    steps: 10
+    batch_size: 4
+    learning_rate: 2e-3
     max_length: 64
+    max_grad_norm: 1.0
+    schedule: {{name: cosine, warmup_steps: 1}}
+    optimizer: {{name: adamw, weight_decay: 0.1, betas: [0.9, 0.95]}}
 """

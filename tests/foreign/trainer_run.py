@@ -99,6 +99,14 @@ def train(directory: Path, kind: str, **more: object) -> Path:
                 task_type="CAUSAL_LM",
             ),
         )  # fmt: skip
+    return fit(model, directory, **more)
+
+
+def fit(model, directory: Path, **more: object) -> Path:
+    """Train a model's own parameters that take a gradient, over the plan's batches."""
+    import torch
+    import transformers
+
     samples, pad_id = samples_of(directory)
 
     class InOrder(transformers.Trainer):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from onward.foreign.description import count_dtypes
-from onward.foreign.layouts import is_foreign
 from onward.foreign.stored import Lazy
 
 MAGNITUDE = "magnitude_vector"  # DoRA's, which PEFT has as a module in memory and as a tensor on disk
 LORA = re.compile(rf"\.lora_(?:embedding_)?([AB]|{MAGNITUDE})(?:\.default)?(?:\.weight)?$")
-FUSED = re.compile(r"\.(?:(c_attn|wqkv)|encoder\.layers\.\d+\.attn\.(qkv))\.lora_")
 PARTS = (  # the first that fits a name
     ("projector", r"(^|\.)(projector|mm_projector|multi_modal_projector|mlp1|merger|attn_pool)\."),
     ("vision_tower", r"(^|\.)(visual_encoder|vision_tower|vision_model|visual)\."),
@@ -40,19 +38,6 @@ def holds(tensors: Mapping[str, Lazy]) -> list[str]:
         words += [f"{full} tensor{'s' if full > 1 else ''} in full"] if full else []
         told.append(f"{part}: {' and '.join(words)}")
     return told
-
-
-def obstacle(names: Iterable[str]) -> str | None:
-    """Why a training cannot go on exactly in the model that its own is converted to; None where nothing hinders it."""
-    names = list(names)
-    layers = sorted({match[1] or match[2] for name in names if (match := FUSED.search(name))})
-    if not layers:
-        theirs = next((name for name in names if is_foreign(name)), None)
-        return theirs and f"a place for {theirs}: the model is converted for onward, its optimizer's state is not"
-    return (
-        f"a model that keeps {', '.join(layers)} whole: q, k and v share one adapter's A there, and have one each in "
-        "what onward makes of the base; that is exact for what the model says, not for how it trains on"
-    )
 
 
 def weights_facts(tensors: Mapping[str, Lazy]) -> dict[str, Any]:

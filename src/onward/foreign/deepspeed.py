@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from onward.errors import DamageError, InputError, OnwardError
-from onward.foreign.contents import as_step, obstacle, weights_facts
+from onward.foreign.contents import as_step, weights_facts
 from onward.foreign.description import Description
 from onward.foreign.mmengine import config_facts, every_of
 from onward.foreign.parts import weights_command
@@ -49,7 +49,7 @@ def recognise(path: Path) -> Description | None:
         "version": str(files.model.get("ds_version", "not stated")),
     }
     if is_xtuner:
-        facts |= config_facts(files.model["meta"])
+        facts |= config_facts(files.model["meta"], tensors)
     facts |= weights_facts(tensors)
     if training and training.has_optimizer:
         size = sum(math.prod(training.weights[name].shape) for name in training.moments)
@@ -62,8 +62,6 @@ def recognise(path: Path) -> Description | None:
         cause = "exclude the optimizer when saving, or only the model's file was copied here"
     if any("incomplete" in problem for problem in problems):
         cause = "each rank writes files of its own: those of other machines were not copied"
-    if split := obstacle(tensors):
-        missing.append(split)
     next_command = f"onward import {path} --plan PLAN --run RUN"
     if missing:
         cfg = files.model["meta"].get("cfg") if is_xtuner else None

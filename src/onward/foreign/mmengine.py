@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from onward.errors import InputError, OnwardError
-from onward.foreign.contents import as_step, obstacle, part_of, weights_facts
+from onward.foreign.contents import as_step, part_of, weights_facts
 from onward.foreign.description import Description
+from onward.foreign.layouts.plan_lines import plan_facts
 from onward.foreign.parts import weights_command
 from onward.foreign.pickles import LazyTensor, is_pickle, open_pickle
 from onward.foreign.python_config import find_all, parse_config
@@ -17,15 +18,18 @@ from onward.foreign.schedules import mmengine_rates
 from onward.foreign.stored import Lazy
 from onward.foreign.torch_optimizer import fits, read_optimizer, scale_of
 from onward.foreign.training import ForeignTraining, Slots
+from onward.foreign.xtuner import Settings
 
 
-def config_facts(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """What the configuration says, which stands in the file as Python text alone."""
+def config_facts(meta: Mapping[str, Any], tensors: Mapping[str, Lazy]) -> dict[str, Any]:
+    """What the configuration says, which stands in the file as Python text alone; and what a plan must, to go on with
+    the training of `tensors`.
+    """
     text = meta.get("cfg")
     config = parse_config(text) if isinstance(text, str) else {}
     model = config.get("model")
     if not isinstance(model, dict):
-        return {}
+        return plan_facts(tensors, {}, "")
     facts: dict[str, Any] = {"trained as": str(model.get("type", "not stated"))}
     bases = [name for name in find_all(model, "pretrained_model_name_or_path") if isinstance(name, str)]
     bases += [model["model_path"]] if isinstance(model.get("model_path"), str) else []
@@ -38,7 +42,8 @@ def config_facts(meta: Mapping[str, Any]) -> dict[str, Any]:
         ]
     if "visual_select_layer" in model:
         facts["vision feature layer"] = model["visual_select_layer"]
-    return facts
+    settings = Settings(model)
+    return facts | plan_facts(tensors, {}, settings.base("language_model") or "", settings)
 
 
 def every_of(config: Mapping[str, Any]) -> int:
@@ -55,7 +60,7 @@ def describe(path: Path, value: Mapping[str, Any]) -> Description | None:
     meta, tensors = value.get("meta"), _tensors(value["state_dict"])
     meta = meta if isinstance(meta, dict) else {}
     facts: dict[str, Any] = {"step": f"iteration {meta.get('iter')}, epoch {meta.get('epoch')}"}
-    facts |= {**config_facts(meta), **weights_facts(tensors)}
+    facts |= {**config_facts(meta, tensors), **weights_facts(tensors)}
     missing, cause, problem = [], None, None
     try:
         training = _training(path, value)
@@ -74,8 +79,6 @@ def describe(path: Path, value: Mapping[str, Any]) -> Description | None:
         cause = "save_param_scheduler=False in the checkpoint hook"
     if _averaged(value):
         facts["averaged weights"] = "yes (EMAHook): in state_dict; those that train in ema_state_dict"
-    if split := obstacle(tensors):
-        missing.append(split)
     is_pretraining = bool(tensors) and {part_of(name) for name in tensors} == {"projector"}
     if is_pretraining:
         facts["what it is for"] = "a projector alone: the first stage of a LLaVA, which a second stage starts from"

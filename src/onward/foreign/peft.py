@@ -13,15 +13,6 @@ from onward.foreign.stored import stored_in
 CONFIG = "adapter_config.json"
 
 
-def adapter_command(path: Path, base: str) -> str:
-    """What takes an adapter of a layout that is converted, from what it was trained on to a stage of its own."""
-    known = base if Path(base).is_dir() and base else "BASE"
-    return (
-        f"onward import {path} --base {known} --out ADAPTER && onward import ADAPTER --plan PLAN --run RUN "
-        f"(starts a new stage from weights; the plan's model: what onward import {known} --out DIR makes)"
-    )
-
-
 def recognise(path: Path) -> Description | None:
     """From the configuration and the header alone."""
     if not (path / CONFIG).is_file():

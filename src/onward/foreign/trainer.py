@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from onward.errors import OnwardError
-from onward.foreign.contents import obstacle, weights_facts
+from onward.foreign.contents import weights_facts
 from onward.foreign.description import Description
-from onward.foreign.peft import adapter_command
+from onward.foreign.layouts.plan_lines import plan_facts
 from onward.foreign.trainer_files import FSDP, STATE, TrainerFiles, open_trainer
 from onward.foreign.trainer_training import training_of
 
@@ -34,15 +34,10 @@ def recognise(path: Path) -> Description | None:
                 missing.append(reason)
         except OnwardError as error:
             missing.append(str(error))
-    split = obstacle(files.weights.tensors)
     weights_there = bool(files.weights.tensors) or files.deepspeed is not None
     next_command = f"onward import {path} --plan PLAN --run RUN" if weights_there and not files.problems else None
-    if next_command and split:
-        missing.append(split)
-        next_command = f"onward import {path} --out DIR (starts a new stage from weights)"
-        if files.adapter:
-            next_command = adapter_command(path, str(files.adapter.get("base_model_name_or_path") or ""))
-    elif next_command and missing:
+    facts |= plan_facts(files.weights.tensors, files.adapter, str(files.adapter.get("base_model_name_or_path") or ""))
+    if next_command and missing:
         next_command += " (starts a new stage from weights)"
     return Description(
         str(path),

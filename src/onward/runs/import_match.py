@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, get_args
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from onward.checkpoint.save import Adapter
 from onward.errors import InputError, Refused
-from onward.foreign.contents import LORA, is_adapter, obstacle, part_of
-from onward.foreign.names import onward_name
+from onward.foreign.contents import is_adapter
 from onward.foreign.stored import Lazy
 from onward.foreign.torch_optimizer import fits
 from onward.foreign.training import ForeignTraining, Slots
 from onward.model.directory import ModelDirectory
-from onward.model.selection import PEFT_PREFIX, Selection
-from onward.plan.learning import Schedule
-from onward.plan.lock import Declared
-from onward.plan.schema import Stage
-from onward.train.schedule import Horizon
-from onward.weights.lora import changes_of
+from onward.model.selection import LORA_A, Selection, shared_names
+from onward.runs.import_names import Theirs, adapted, named, original, scales
 
-SAME = 1e-6  # learning rates that differ by less, relative to each other, are one: tools round while they multiply
-OUR_LOSS = "the mean over all target tokens of the step"
+ELEMENTWISE = {"step", "exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2"}  # that have a parameter's shape
 
 
 @dataclass(frozen=True)
 class Matched:
     """By onward's names: what the stage trains, its optimizer's state, and each parameter's weight decay and highest
-    learning rate where the source says them. `frozen`: what the source holds besides.
+    learning rate where the source says them. `frozen`: what the source holds besides. `tokens`: how many the source's
+    head and the plan's have, where the latter has more.
     """
 
     weights: Mapping[str, Lazy]
@@ -37,21 +30,7 @@ class Matched:
     frozen: Mapping[str, Lazy]
     decays: Mapping[str, float]
     peaks: Mapping[str, float]
-
-
-def named(training: ForeignTraining, model: ModelDirectory, where: str) -> dict[str, str]:
-    """The tool's name of each of its weights by onward's. A tied head is its embedding."""
-    names: dict[str, str] = {}
-    for name in training.weights:
-        if ".original_module." in name or name.endswith("rotary_emb.inv_freq"):  # copies, and what is computed
-            continue
-        ours = onward_name(name, model.family.to_canonical, where)
-        if model.tied and ours.startswith("lm_head.") and not is_adapter(ours):
-            continue
-        if ours in names:
-            raise InputError(f"{names[ours]} and {name} are both {ours}", where=where)
-        names[ours] = name
-    return names
+    tokens: tuple[int, int] | None = None
 
 
 def match(
@@ -71,38 +50,51 @@ def match(
             where=where,
             hint=f"say `optimizer: {{name: {training.optimizers[0]}}}` in the plan",
         )
-    names = named(training, model, where)
+    converted = original(training, model, where)
+    names = named(training, model, converted, where)
     shapes = {name: entry.shape for name, entry in model.parameters().items()}
-    placeless = [theirs for ours, theirs in names.items() if _adapted(ours) not in shapes]
-    if reason := obstacle(placeless):
-        raise Refused(
-            f"cannot go on exactly without {reason}", where=where, hint=f"onward inspect {where} says what can"
-        )
     trained = [name for group in selection.groups for name in group.parameters]
     for layer in selection.lora:
         rows, columns = shapes[f"{layer.layer}.weight"]
-        shapes |= layer.shapes(rows, columns)
+        shapes |= {layer.names[0]: (layer.rank, columns), **layer.shapes(rows, columns)}
     if missing := [name for name in trained if name not in names]:
         raise _otherwise(f"the plan trains {missing[0]}, which the source does not hold", len(missing), where)
-    for name, theirs in names.items():
+    names, tokens = _with_tokens(training, names, shapes)
+    by_ours = {ours: theirs.of(training.weights[theirs.name]) for ours, theirs in names.items()}
+    for name, tensor in by_ours.items():
         if name not in shapes:
             what = (
                 "has adapters that the plan does not train" if is_adapter(name) else "the plan's model has no place for"
             )
-            raise _otherwise(f"{what}: {theirs}", 1, where)
-        if training.weights[theirs].shape != shapes[name]:
-            is_, must = training.weights[theirs].shape, shapes[name]
-            raise _otherwise(f"{theirs} is {is_}, the plan needs {must}", 1, where)
+            raise _otherwise(f"{what}: {names[name].name}", 1, where)
+        if tensor.shape != shapes[name]:
+            raise _otherwise(f"{names[name].name} is {tensor.shape}, the plan needs {shapes[name]}", 1, where)
+    _same_sharing(selection, names, where)
     _same_scale(training, selection, names, where)
-    by_ours = {name: training.weights[theirs] for name, theirs in names.items()}
-    state, decays, peaks = _state(training, names, trained, order, where)
-    frozen = {name: tensor for name, tensor in by_ours.items() if name not in set(trained)}
-    return Matched({name: by_ours[name] for name in trained}, state, frozen, decays, peaks)
+    counted = [names[name].name for name in order if name in names]
+    if converted and training.states:
+        counted = converted.in_order({names[name].name for name in trained}, where)
+    state, decays, peaks = _state(training, names, trained, counted, where)
+    apart = by_ours.keys() - set(trained) - shared_names(selection.lora).keys()
+    weights, frozen = ({name: by_ours[name] for name in some} for some in (trained, sorted(apart)))
+    return Matched(weights, state, frozen, decays, peaks, tokens)
 
 
-def _adapted(name: str) -> str:
-    """The parameter that a tensor is, or adapts."""
-    return LORA.sub(".weight", name.removeprefix(PEFT_PREFIX))
+def _with_tokens(
+    training: ForeignTraining, names: dict[str, Theirs], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, Theirs], tuple[int, int] | None]:
+    """With as many rows of embedding and head as the plan's model has; how many there were and are, if not the same:
+    XTuner's LLaVA has no token for images, a model that onward put together has one.
+    """
+    grown: dict[str, Theirs] = {}
+    tokens: tuple[int, int] | None = None
+    for name, theirs in names.items():
+        shape, needed = training.weights[theirs.name].shape, shapes.get(name, ())
+        is_by_token = adapted(name).endswith(("lm_head.weight", "embed_tokens.weight")) and not name.endswith(LORA_A)
+        if is_by_token and shape[1:] == needed[1:] and shape < needed:
+            grown[name] = replace(theirs, more=needed[0] - shape[0])
+            tokens = (shape[0], needed[0])
+    return names | grown, tokens
 
 
 def _otherwise(what: str, count: int, where: str) -> Refused:
@@ -114,27 +106,26 @@ def _otherwise(what: str, count: int, where: str) -> Refused:
     )
 
 
-def scales(training: ForeignTraining, names: Mapping[str, str]) -> dict[str, float]:
-    """Layer → what B @ A is multiplied by, as far as the source tells. By onward's names."""
-    adapters = {name: training.weights[theirs] for name, theirs in names.items() if is_adapter(name)}
-    if training.adapter and adapters:
-        stand_ins: Mapping[str, Any] = adapters
-        added = changes_of(Adapter(training.adapter, stand_ins)).added
-        return {name.removesuffix(".weight"): lora.scale for name, lora in added.items()}
-    model = training.config.get("model")
-    found = {}
-    for name, tensor in adapters.items():
-        if not name.endswith(".lora_A.weight"):
-            continue
-        key = "visual_encoder_lora" if part_of(name) == "vision_tower" else "llm_lora"
-        lora = model.get(key) if isinstance(model, dict) else None
-        if isinstance(lora, dict) and isinstance(lora.get("lora_alpha"), int | float):
-            root = math.sqrt(tensor.shape[0]) if lora.get("use_rslora") else tensor.shape[0]
-            found[name.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")] = lora["lora_alpha"] / root
-    return found
+def _same_sharing(selection: Selection, names: Mapping[str, Theirs], where: str) -> None:
+    """Refused where layers share an A in the source and not in the plan, or the other way round."""
+    theirs, ours = dict[str, list[str]](), dict[str, list[str]]()
+    for layer in selection.lora:
+        theirs.setdefault(names[layer.names[0]].name, []).append(layer.layer)
+        ours.setdefault(layer.parameters[0], []).append(layer.layer)
+    for a, layers in theirs.items():
+        if len(layers) > 1 and layers not in ours.values():
+            last = ", ".join(layer.rpartition(".")[2] for layer in layers)
+            raise Refused(
+                f"{a} is one A for {', '.join(layers)}, which have one each in the plan: they would train otherwise",
+                where=where,
+                hint=f"say in the plan's `train`, beside rank and alpha: shared_a: [{last}]",
+            )
+    if odd := [layers for layers in ours.values() if layers not in theirs.values()]:
+        reason = f"the plan lets {', '.join(odd[0])} share one A, the source has one for each"
+        raise Refused(reason, where=where, hint="leave shared_a out of the plan")
 
 
-def _same_scale(training: ForeignTraining, selection: Selection, names: Mapping[str, str], where: str) -> None:
+def _same_scale(training: ForeignTraining, selection: Selection, names: Mapping[str, Theirs], where: str) -> None:
     known = scales(training, names)
     for layer in selection.lora:
         theirs, ours = known.get(layer.layer), layer.scale
@@ -148,29 +139,42 @@ def _same_scale(training: ForeignTraining, selection: Selection, names: Mapping[
 
 
 def _state(
-    training: ForeignTraining, names: Mapping[str, str], trained: Sequence[str], order: Sequence[str], where: str
+    training: ForeignTraining, names: Mapping[str, Theirs], trained: Sequence[str], order: Sequence[str], where: str
 ) -> tuple[dict[str, Slots], dict[str, float], dict[str, float]]:
-    """The optimizer's state by onward's names, and each parameter's weight decay and highest learning rate."""
-    if training.moments:
-        state = {name: training.moments[names[name]] for name in trained if names[name] in training.moments}
-        decays, peaks = (
-            {name: told[names[name]] for name in state if names[name] in told}
-            for told in (training.decays, training.peaks)
+    """The optimizer's state by onward's names, and each parameter's weight decay and highest learning rate. `order`:
+    the source's own names as it numbers them.
+    """
+    moments, decays, peaks = training.moments, training.decays, training.peaks
+    if not moments and training.states:
+        shapes = {names[name].name: training.weights[names[name].name].shape for name in trained}
+        numbers = _numbers([name for name in dict.fromkeys(order) if name in shapes], shapes, training, where)
+        if odd := [name for name in shapes if name not in numbers]:
+            raise InputError(f"the optimizer has no number for {odd[0]}", where=where)
+        groups = {number: group for group in training.groups for number in group.members}
+        mine = {name: groups[number] for name, number in numbers.items() if number in groups}
+        moments = {name: training.states[number] for name, number in numbers.items() if number in training.states}
+        decays = {name: group.weight_decay for name, group in mine.items() if group.weight_decay is not None}
+        peaks = {name: group.learning_rate for name, group in mine.items() if group.learning_rate is not None}
+    told = {name: names[name] for name in trained}
+    held = {name: theirs for name, theirs in told.items() if theirs.name in moments}
+    known = held if training.moments else told
+    return (
+        {name: _slots_of(theirs, moments[theirs.name], where) for name, theirs in held.items()},
+        {name: decays[theirs.name] for name, theirs in known.items() if theirs.name in decays},
+        {name: peaks[theirs.name] for name, theirs in known.items() if theirs.name in peaks},
+    )
+
+
+def _slots_of(theirs: Theirs, slots: Slots, where: str) -> Slots:
+    """Our part of a parameter's state. Refused where it has no parts."""
+    odd = set(slots) - ELEMENTWISE
+    if (theirs.rows or theirs.more) and odd:
+        raise Refused(
+            f"{theirs.name} is not one parameter here, and of its optimizer's state {min(odd)} cannot be taken apart",
+            where=where,
+            hint="AdamW's, SGD's and Lion's can; without its optimizer.pt the stage starts from the weights",
         )
-        return state, decays, peaks
-    if not training.states:
-        return {}, {}, {}
-    shapes = {name: training.weights[names[name]].shape for name in trained}
-    numbers = _numbers([name for name in order if name in shapes], shapes, training, where)
-    odd = [name for name in trained if name not in numbers]
-    if odd:
-        raise InputError(f"the optimizer has no number for {odd[0]}", where=where)
-    groups = {number: group for group in training.groups for number in group.members}
-    state = {name: training.states[number] for name, number in numbers.items() if number in training.states}
-    mine = {name: groups[number] for name, number in numbers.items() if number in groups}
-    decays = {name: group.weight_decay for name, group in mine.items() if group.weight_decay is not None}
-    peaks = {name: group.learning_rate for name, group in mine.items() if group.learning_rate is not None}
-    return state, decays, peaks
+    return {slot: value if isinstance(value, int | float) else theirs.of(value) for slot, value in slots.items()}
 
 
 def _numbers(
@@ -219,93 +223,3 @@ def _lora_plus(name: str, shape: tuple[int, ...]) -> int:
 
 
 GROUPINGS = (_one_dimensional, _biases_alone, _all_in_one, _lora_plus)
-
-
-def differences(
-    training: ForeignTraining, matched: Matched, stage: Stage, selection: Selection, horizon: Horizon
-) -> Iterator[Declared]:
-    """What the stage has otherwise than the source, as far as that says what it had: nothing of it goes by unseen."""
-    said, optimizer = training.settings, stage.optimizer
-    ours = {
-        "optimizer.betas": optimizer.betas or ((0.9, 0.99) if optimizer.name == "lion" else (0.9, 0.999)),
-        "optimizer.eps": optimizer.eps or 1e-8,
-        "optimizer.momentum": optimizer.momentum or 0.0,
-        "optimizer.nesterov": bool(optimizer.nesterov),
-        "max_grad_norm": stage.max_grad_norm,
-        "batch_size": stage.batch_size,
-    }
-    known = {key for key in ours if not key.startswith("optimizer.")} | {f"optimizer.{key}" for key in optimizer.keys}
-    for key, value in ours.items():
-        if key in said and key in known and not _equal(said[key], value):
-            yield Declared(key=key, before=said[key], after=value)
-    yield from _learning(training, matched, selection, horizon, stage.schedule.name)
-    groups = {name: group for group in selection.groups for name in group.parameters}
-    decays = matched.decays
-    if odd := [n for n in groups if n in decays and not _equal(decays[n], groups[n].weight_decay)]:
-        before = f"{decays[odd[0]]:g} on {len(odd)} parameters, first {odd[0]}"
-        yield Declared(key="optimizer.weight_decay", before=before, after=groups[odd[0]].weight_decay)
-    held = [value for state in matched.state.values() for value in state.values() if not isinstance(value, int | float)]
-    halves = sorted({t.dtype for t in (*matched.weights.values(), *held) if t.dtype in ("F16", "BF16")})
-    theirs = said.get("precision", stage.precision)
-    if halves or theirs != stage.precision:
-        kept = f", trained weights or their state kept in {', '.join(halves)}" if halves else ""
-        yield Declared(key="precision", before=f"{theirs}{kept}", after=f"{stage.precision}, both kept in F32")
-    dropouts = sorted({layer.dropout for layer in selection.lora})
-    if dropouts and not all(_equal(said.get("dropout", ours), ours) for ours in dropouts):
-        yield Declared(key="dropout", before=said["dropout"], after=dropouts[0])
-    if training.loss:
-        yield Declared(key="loss", before=training.loss, after=OUR_LOSS)
-    for key, before in training.otherwise:
-        yield Declared(key=key, before=before, after=f"none of that, from step {training.step} on")
-    place = "" if training.epoch is None else f", at epoch {training.epoch:g}"
-    after = f"onward's own order of the plan's data, from step {training.step + 1} on"
-    yield Declared(key="data_order", before=f"the source's{place}", after=after)
-
-
-def _learning(
-    training: ForeignTraining, matched: Matched, selection: Selection, horizon: Horizon, schedule: str
-) -> Iterator[Declared]:
-    """What of learning rates is otherwise: their height, or how they go on."""
-    groups = {name: group for group in selection.groups for name in group.parameters}
-    peak, rates = training.settings.get("learning_rate"), sorted({group.learning_rate for group in selection.groups})
-    peaks = matched.peaks or (dict.fromkeys(groups, peak) if isinstance(peak, float) else {})
-    if odd := [n for n in groups if n in peaks and not _equal(peaks[n], groups[n].learning_rate)]:
-        several = f" on {len(odd)} parameters, first {odd[0]}" if len(set(peaks.values())) > 1 else ""
-        after = rates if len(rates) > 1 and not several else groups[odd[0]].learning_rate
-        yield Declared(key="learning_rate", before=f"{peaks[odd[0]]:g}{several}", after=after)
-        return
-    kind = training.settings.get("schedule.name", schedule)
-    later = {step: rate for step, rate in training.later_rates.items() if step <= horizon.total}
-    pairs = [pair for step in next_rates(training, matched, selection, horizon) for pair in step]
-    first = selection.groups[0]
-    scale = first.learning_rate / peaks[first.parameters[0]] if peaks.get(first.parameters[0]) else 1.0
-    pairs += [(rate * scale, horizon.rates([first], step)[first.name]) for step, rate in later.items()]
-    if far := [pair for pair in pairs if not _close(*pair)]:
-        yield Declared(key="schedule", before=f"{kind}, {far[0][0]:g}", after=f"{schedule}, {far[0][1]:g}")
-    elif kind not in get_args(Schedule.model_fields["name"].annotation):
-        yield Declared(key="schedule", before=kind, after=schedule)
-
-
-def next_rates(
-    training: ForeignTraining, matched: Matched, selection: Selection, horizon: Horizon
-) -> list[list[tuple[float, float]]]:
-    """For each of the next steps the source's learning rate beside the plan's, group by group."""
-    steps, found = range(training.step + 1, horizon.total + 1), []
-    peak = training.settings.get("learning_rate")
-    for rate, step in zip(training.learning_rates, steps, strict=False):
-        ours = horizon.rates(selection.groups, step)
-        told = {group.name: matched.peaks.get(group.parameters[0], peak) for group in selection.groups}
-        found.append([(rate * (told[name] or peak) / peak if peak else rate, ours[name]) for name in ours])
-    return found
-
-
-def _close(theirs: float, ours: float) -> bool:
-    return math.isclose(theirs, ours, rel_tol=SAME, abs_tol=1e-12)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(_equal, a, b))
-    if isinstance(a, int | float) and isinstance(b, int | float):
-        return math.isclose(a, b, rel_tol=1e-9)
-    return bool(a == b)

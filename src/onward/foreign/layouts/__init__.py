@@ -15,7 +15,8 @@ from onward.foreign.layouts.qwen_vl import QWEN_VL
 __all__ = ["Layout", "is_foreign", "layout_of"]
 
 THEIRS = (
-    r"\.attention\.wqkv\.|\.feed_forward\.w[123]\.|(?:^|\.)transformer\.h\.\d+\.mlp\.w[12]\."
+    r"\.attention\.wqkv\.|\.feed_forward\.w[123]\."
+    r"|(?:^|\.)transformer\.h\.\d+\.(?:mlp\.w[12]\.|attn\.c_attn\.lora_)"
     r"|vision_model\.encoder\.layers\.\d+\.attn\.qkv\.|^model\.vision_model\."
 )
 """Layers that only these layouts have; the last as XTuner wraps InternVL."""

@@ -1,14 +1,13 @@
 """LoRA adapters that were made for a foreign layout, made adapters of what the layout becomes.
 
 An adapter of a fused layer becomes one of each part: the same A, and the rows of B (and of DoRA's magnitudes) that are
-the part's. The sum that it adds to the weights is the same to the bit, so the logits are too. Further training is not:
-fused, the parts shared one A; split, each has its own.
+the part's. The sum that it adds to the weights is the same to the bit, so the logits are too. Further training is only
+where the parts share that A, as a plan's `shared_a` says.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,16 +23,12 @@ from onward.files import committed_directory, read_json, require_space, write_js
 from onward.foreign.layouts import layout_of
 from onward.foreign.layouts.convert import PROVENANCE, Shapes, require_new
 from onward.foreign.layouts.layout import Layout
-from onward.foreign.layouts.rules import Part, placed, split_name
+from onward.foreign.layouts.places import Place, converted_from, places_of
 from onward.foreign.pieces import any_adapter
 from onward.weights.lora import PREFIX, check_plain, for_layer
 
 if TYPE_CHECKING:
     import torch
-
-ENDING = r"(.+?)\.(lora_\w+)(?:\.default)?(\.weight)?"
-"""A layer, which of the adapter's tensors, and the ending of files by PEFT."""
-SHARED, BY_ROW = ("lora_A",), ("lora_B", "lora_magnitude_vector")
 
 
 @dataclass(frozen=True)
@@ -81,29 +76,23 @@ def import_adapter(source: Path, base: Path | None, out: Path, *, shapes_of: Sha
     whole: list[str] = []
     for key in adapter.tensors:
         where = f"{source}, tensor {key}"
-        name = key.removeprefix(PREFIX)
-        if name == key:
+        if not key.startswith(PREFIX):
             raise InputError(f"does not begin with {PREFIX}", where=where)
-        match = re.fullmatch(ENDING, name)
-        layer, ending = (match[1], "") if match else split_name(name)
-        _, parts = placed(layer, rules, where)
-        for part in parts:
-            tensor = _part(adapter.tensors[key], part, match[2] if match else None)
-            if match:
-                ours = f"{part.name}.{match[2]}{match[3] or ''}"
-                pattern[part.name] = _scale(adapter.config, layer)
-                if part.rows and part.name not in split:
-                    split.append(part.name)
+        for place in places_of(key.removeprefix(PREFIX), rules, where):
+            tensor = place.rows.of(adapter.tensors[key]) if place.rows else adapter.tensors[key]
+            if place.kind is None:
+                whole.append(place.name)
             else:
-                ours = part.name + ending
-                whole.append(ours)
-            _fits(ours, part.name, match[2] if match else ending, tensor, shapes, where)
-            tensors[PREFIX + ours] = tensor
+                pattern[place.layer] = _scale(adapter.config, place.theirs)
+                if place.is_split and place.layer not in split:
+                    split.append(place.layer)
+            _fits(place, tensor, shapes, where)
+            tensors[PREFIX + place.name] = tensor
     notes = []
     if split:
         notes.append(
             "adapters of fused layers are split: the same A in each part, the rows of B. Exact for logits; for further "
-            "training not the same, since each part's A now learns by itself"
+            "training not the same, unless the parts go on sharing it: onward import CHECKPOINT --plan PLAN --run RUN"
         )
     if not is_converted:
         notes.append(f"its base is the converted model: onward import {shlex.quote(str(base))} --out BASE")
@@ -149,10 +138,8 @@ def _layout(base: Path, source: Path) -> tuple[Layout, Mapping[str, Any], bool]:
     config = read_json(base / "config.json")
     if layout := layout_of(config):
         return layout, config, False
-    told = read_json(base / PROVENANCE) if (base / PROVENANCE).is_file() else {}
-    original = told.get("source_config", {})
-    if layout := layout_of(original):
-        return layout, original, True
+    if found := converted_from(base):
+        return *found, True
     raise InputError(
         f"its base {base} is in no foreign layout, and was not converted from one: there is nothing to convert",
         where=str(source),
@@ -160,35 +147,23 @@ def _layout(base: Path, source: Path) -> tuple[Layout, Mapping[str, Any], bool]:
     )
 
 
-def _part(tensor: torch.Tensor, part: Part, kind: str | None) -> torch.Tensor:
-    """One part's share of a tensor of a layer: `kind` says which of an adapter's it is, None for the layer's own."""
-    if part.rows is None or kind in SHARED:
-        return tensor
-    if kind is None or kind in BY_ROW:
-        return part.rows.of(tensor)
-    raise InputError(f"{kind} of a fused layer cannot be split", where=part.name)
-
-
 def _scale(config: Mapping[str, Any], layer: str) -> tuple[int, float]:
     rank = for_layer(layer, config.get("rank_pattern"), config["r"])
     return int(rank), float(for_layer(layer, config.get("alpha_pattern"), config["lora_alpha"]))
 
 
-def _fits(
-    ours: str, layer: str, kind: str, tensor: torch.Tensor, shapes: Mapping[str, tuple[int, ...]], where: str
-) -> None:
-    """InputError unless a tensor has the size that the layer gives it."""
-    weight = shapes.get(f"{layer}.weight", ())
-    whole = shapes.get(ours)
-    expected = {"lora_A": (1, weight[1:2]), "lora_B": (0, weight[:1])}.get(kind)
+def _fits(place: Place, tensor: torch.Tensor, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """InputError unless a tensor has the size that its layer gives it."""
+    weight = shapes.get(f"{place.layer}.weight", ())
+    expected = {"lora_A": (1, weight[1:2]), "lora_B": (0, weight[:1])}.get(place.kind or "")
     if expected is not None:
         axis, size = expected
         fits = bool(size) and tensor.shape[axis : axis + 1] == size
     else:
-        fits = kind.startswith("lora_") or tuple(tensor.shape) == whole
+        fits = place.kind is not None or tuple(tensor.shape) == shapes.get(place.name)
     if not fits:
         raise InputError(
-            f"{tuple(tensor.shape)} does not fit {layer}, {weight or 'which the model has not'}", where=where
+            f"{tuple(tensor.shape)} does not fit {place.layer}, {weight or 'which the model has not'}", where=where
         )
 
 

@@ -105,4 +105,8 @@ def write_files(source: Path, out: Path, config: Config, converted: Config) -> l
     return convert_text_tokenizer(source, out)
 
 
-INTERNLM2 = Layout("InternLM2", "LlamaForCausalLM", convert_config, rules, write_files)
+ORDER = (
+    "model", "output", "tok_embeddings", "layers", "norm", "attention", "feed_forward", "attention_norm", "ffn_norm",
+    "wqkv", "wo", "w1", "w3", "w2",
+)  # fmt: skip
+INTERNLM2 = Layout("InternLM2", "LlamaForCausalLM", convert_config, rules, write_files, order=ORDER)

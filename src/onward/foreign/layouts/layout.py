@@ -28,7 +28,9 @@ class Converted:
 class Layout:
     """A foreign model layout. `config` and `rules` take its config.json, `config` its directory too; `files` writes
     what lies beside the weights (from, to, their configuration, ours) and gives notes for the report. `disk`: names
-    that transformers writes otherwise than it has them in memory.
+    that transformers writes otherwise than it has them in memory. `order`: the words of its own names, those of one
+    module in the order in which its code makes them, by which tools number parameters; a name with another has no
+    known number.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Layout:
     rules: Callable[[Config], tuple[Rule, ...]]
     files: Callable[[Path, Path, Config, Config], list[str]]
     disk: tuple[tuple[str, str], ...] = ()
+    order: tuple[str, ...] = ()
 
 
 @contextmanager

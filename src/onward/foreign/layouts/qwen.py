@@ -103,4 +103,7 @@ def write_files(source: Path, out: Path, config: Config, converted: Config) -> l
     return notes
 
 
-QWEN = Layout("Qwen", "Qwen2ForCausalLM", convert_config, rules, write_files)
+ORDER = (
+    "transformer", "lm_head", "wte", "h", "ln_f", "ln_1", "attn", "ln_2", "mlp", "c_attn", "w1", "w2", "c_proj",
+)  # fmt: skip
+QWEN = Layout("Qwen", "Qwen2ForCausalLM", convert_config, rules, write_files, order=ORDER)

@@ -92,4 +92,10 @@ def write_files(source: Path, out: Path, config: Config, converted: Config) -> l
     return [*notes, "its class is onward's own: transformers loads it after `import onward.model.first_qwen_vl`"]
 
 
-QWEN_VL = Layout("Qwen-VL", "QwenVLForConditionalGeneration (onward's own)", convert_config, rules, write_files)
+ORDER = (  # without the vision tower's blocks, which have their norms in another order than the decoder's
+    "pos_embed", "query", "kv_proj", *qwen.ORDER, "visual", "attn_pool", "ln_q", "ln_kv", "in_proj_weight",
+    "in_proj_bias", "out_proj",
+)  # fmt: skip
+QWEN_VL = Layout(
+    "Qwen-VL", "QwenVLForConditionalGeneration (onward's own)", convert_config, rules, write_files, order=ORDER
+)
