@@ -9,8 +9,10 @@ import signal
 from pathlib import Path
 
 import pytest
+import tiny
+import towers
 from branching import PLAN, build, done, dying, odd, onward, tree
-from harness import KILLED, kill_at
+from harness import KILLED, in_child, kill_at
 
 import onward.runs.fork as fork_module
 import onward.runs.takeover as takeover
@@ -86,6 +88,30 @@ def test_the_stages_before_the_checkpoint_s_are_finished(whole: Path, tmp_path: 
     assert (new / shared).stat().st_ino == (whole / shared).stat().st_ino  # linked, not copied
     edited = "stages/1-learn/output/config.json"
     assert (new / edited).stat().st_ino != (whole / edited).stat().st_ino
+
+
+PARTS = """
+model: {family: llava, language_model: llm, vision_tower: tower, projector: new, vision_feature_layer: -1}
+chat_template: spoken.jinja
+engine: {threads: 1}
+stages: [{name: align, train: {projector: {mode: full}}, data: colours.jsonl, steps: 2, batch_size: 4}]
+checkpoint: {every: 1, keep: {every: 1}}
+"""
+
+
+def test_parts_and_a_template_are_found_from_the_new_directory(tmp_path: Path) -> None:
+    def make() -> None:
+        tiny.text_model(tmp_path / "llm", "qwen2")
+        towers.tower(tmp_path / "tower", "clip")
+        tiny.colour_data(tmp_path / "colours.jsonl", rows=6)
+
+    assert in_child(make) == 0
+    (tmp_path / "spoken.jinja").write_text(tiny.CHATML)
+    (tmp_path / "plan.yaml").write_text(PARTS)
+    done("run", tmp_path / "plan.yaml", "--run", tmp_path / "run")
+    done("fork", f"{tmp_path / 'run'}@align/1", "--run", tmp_path / "deep" / "new")
+    done("run", tmp_path / "deep/new/plan.yaml", "--run", tmp_path / "deep" / "new")
+    assert odd(tmp_path / "run", tmp_path / "deep/new") - PATHS == set()
 
 
 def test_the_best_checkpoint_comes_along(place: Path, tmp_path: Path) -> None:

@@ -160,7 +160,8 @@ _ANSWERS: dict[str, str] = {
     "remove_unused_columns": "columns that no format names are left alone",
     "lazy_preprocess lazy_tokenize streaming": "rows are read where they are needed",
     "shuffle_before_pack shuffle": "the data's order follows from seed, another one each epoch",
-    "deepspeed fsdp strategy": "write engine",
+    "deepspeed fsdp strategy": "one process trains: there are no engines of several devices yet",
+    "track report_to logger loggers": "every step has its row in metrics.jsonl; there are no trackers yet",
 }
 
 SPELLINGS: dict[str, tuple[str, ...]] = {}

@@ -133,6 +133,8 @@ def expected(schema: dict[str, Any]) -> str:
         case {"type": "array", "items": item}:
             least = f" of at least {schema['minItems']}" if "minItems" in schema else ""
             return f"a list{least}, each {expected(_follow(item))}"
+        case {"properties": properties, "required": needed}:
+            return f"a mapping with {', '.join(needed)}{', …' if len(properties) > len(needed) else ''}"
         case {"properties": properties}:
             return f"a mapping with the keys {', '.join(properties)}"
         case _:

@@ -119,7 +119,7 @@ class CheckReport:
         return asdict(self)
 
     def lines(self) -> Iterator[str]:
-        yield f"{self.plan}: {self.family} model {self.model}, {_count(self.parameters)} parameters"
+        yield f"{self.plan}: {self.model} (family {self.family}), {_count(self.parameters)} parameters"
         for number, stage in enumerate(self.stages, start=1):
             yield ""
             yield from _stage_lines(number, stage)
@@ -198,7 +198,7 @@ def check_plan(loaded: LoadedPlan, *, show: int = 0, run: RunDirectory) -> Check
             )
     return CheckReport(
         plan=str(loaded.path),
-        model=str(resolved.model.path),
+        model=str(loaded.plan.model),
         family=resolved.model.family.name,
         parameters=resolved.model.count,
         promise=_promise(loaded, run, resolved, inputs),

@@ -17,6 +17,7 @@ from onward.checkpoint.manifest import MANIFEST, write_file
 from onward.checkpoint.removal import clear_unfinished
 from onward.errors import PlanError, Refused
 from onward.files import committed_directory, digest_file, read_jsonl
+from onward.model.families.family import WHOLES
 from onward.plan.changes import (
     Change,
     change_text,
@@ -133,7 +134,14 @@ def _changed_plan(source: Source, overrides: Sequence[str]) -> LoadedPlan:
 def _written(plan: Plan, place: Callable[[str], str]) -> dict[str, Any]:
     """A plan as the values of a file that says what is not the default anyway, each path as `place` has it."""
     values: dict[str, Any] = plan.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    values["model"] = place(values["model"])
+    if isinstance(plan.model, str):
+        values["model"] = place(plan.model)
+    else:
+        parts = {key: values["model"][key] for key in (*WHOLES, "image_processor") if key in values["model"]}
+        values["model"] |= {key: place(part) for key, part in parts.items() if part != "new"}
+    if plan.chat_template:
+        values["chat_template"] = place(plan.chat_template)
+    values["stages"] = [{"name": stage["name"], **stage} for stage in values["stages"]]  # as people write them
     for stage in values["stages"]:
         for file in [*stage["data"], *stage.get("evaluate", {}).get("data", ())]:
             file["path"] = place(file["path"])

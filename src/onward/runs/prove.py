@@ -28,7 +28,7 @@ from onward.runs.inputs import prepare_inputs
 from onward.runs.journal import canonical_metrics
 from onward.runs.killed import DYING, Asked, run_until_killed
 from onward.runs.resolve import resolve
-from onward.runs.signals import INTERRUPTED, Stopping, listening
+from onward.runs.signals import INTERRUPTED, interruptible
 
 if TYPE_CHECKING:
     from onward.data.order import Mix
@@ -37,6 +37,7 @@ STEPS = 6  # of a stage, at least: fewer have no room for all kills
 SAVE_EVERY = 2
 PRELOADED = ("runs.killed", "data.encode", "model.load", "runs.walk", "train.loop")  # the first makes libraries quiet
 EVALUATED = 16  # held-out samples, at most
+STOPPED = "stopped before anything was proven"
 POINTS = {
     "epoch": "after step {}, an epoch's last",
     "save": "in the save of step {}",
@@ -131,19 +132,19 @@ def prove(plan: Path, overrides: Sequence[str], *, steps: int, keep: Path | None
         raise PlanError(f"{steps} steps leave no room for the kills", where="--steps", hint=f"give at least {STEPS}")
     asked_for = load_plan(plan, overrides)
     restarts = _restarts(asked_for)
-    with listening("stops the proof") as stopping, _place(keep, asked_for.name) as place:
+    with interruptible(STOPPED), _place(keep, asked_for.name) as place:
         lengths = _lengths(asked_for, steps, note)
         words = [*overrides, f"checkpoint.every={SAVE_EVERY}", *(word for one in lengths for word in one.overrides)]
         loaded, kills = load_plan(plan, words), _kills(lengths)
         whole, killed = RunDirectory(place / "whole"), RunDirectory(place / "killed")
         require_space(place, 2 * check_plan(loaded, run=whole).disk_bytes, "two short runs of this plan")
-        alone = _start(get_context("spawn"), _asked(loaded, words, whole), place, 0, stopping)
+        alone = _start(get_context("spawn"), _asked(loaded, words, whole), place, 0)
         if failure := alone.failure(None):
             raise TrainingError(f"the plan does not run, left alone:\n{failure}")
         note(f"left alone: {', '.join(f'{length.stage} {length.steps} steps' for length in lengths)}")
         done: list[Kill] = []
         for number, kill in enumerate([*kills, None], start=1):
-            start = _start(restarts, _asked(loaded, words, killed, kill), place, number, stopping)
+            start = _start(restarts, _asked(loaded, words, killed, kill), place, number)
             if done and start.began_at is not None:
                 done[-1] = _followed(done[-1], start, killed)
                 note(f"killed in stage {done[-1]}: went on from step {done[-1].went_on_from}, {done[-1].tier}")
@@ -245,19 +246,18 @@ def _asked(loaded: LoadedPlan, words: Sequence[str], run: RunDirectory, kill: Ki
     return replace(asked, rename=f"{output.parent}/{PARTIAL}{output.name}-")
 
 
-def _start(
-    context: SpawnContext | ForkServerContext, asked: Asked, place: Path, number: int, stopping: Stopping
-) -> _Start:
-    """A start in a process of its own, until its end. Interrupted, and the process killed, when a signal came."""
+def _start(context: SpawnContext | ForkServerContext, asked: Asked, place: Path, number: int) -> _Start:
+    """A start in a process of its own, until its end. Interrupted when a signal ended it."""
     log, told = place / f"start-{number}.log", place / f"start-{number}.jsonl"
     process = context.Process(target=run_until_killed, args=(asked, log, told))
     process.start()
-    while process.exitcode is None and not stopping():
-        process.join(0.2)
-    if stopping() or process.exitcode == INTERRUPTED:
+    try:
+        process.join()
+    finally:  # nothing that it does is kept
         process.kill()
         process.join()
-        raise Interrupted("stopped before anything was proven")
+    if process.exitcode == INTERRUPTED:
+        raise Interrupted(STOPPED)
     words = [json.loads(line) for line in told.read_text().splitlines()] if told.exists() else []
     errors = [word["error"] for word in words if "error" in word]
     said = errors or [log.read_text(errors="replace").strip() if log.exists() else ""]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+
+from onward.errors import Interrupted
 
 CAUGHT = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 INTERRUPTED = 75
@@ -23,8 +25,8 @@ class Stopping:
 
 
 @contextmanager
-def listening(then: str = "stops when the step is done and saved") -> Iterator[Stopping]:
-    """Catch the signals while the block runs. `then`: what the first one leads to, for the user who waits."""
+def listening() -> Iterator[Stopping]:
+    """Catch the signals while the block runs."""
     stopping = Stopping()
 
     def caught(number: int, frame: FrameType | None) -> None:
@@ -32,11 +34,30 @@ def listening(then: str = "stops when the step is done and saved") -> Iterator[S
             os._exit(INTERRUPTED)  # the second: everything committed is safe, everything else is replayed
         stopping.signal = signal.Signals(number).name
         with suppress(OSError):
-            os.write(2, f"{stopping.signal}: {then}; once more leaves at once\n".encode())
+            os.write(
+                2, f"{stopping.signal}: stops when the step is done and saved; once more leaves at once\n".encode()
+            )
 
-    before = {number: signal.signal(number, caught) for number in CAUGHT}
-    try:
+    with _handled_by(caught):
         yield stopping
+
+
+@contextmanager
+def interruptible(told: str) -> Iterator[None]:
+    """While the block runs a signal ends it at once: Interrupted, saying `told`."""
+
+    def caught(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(told)
+
+    with _handled_by(caught):
+        yield
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in CAUGHT}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, former in before.items():
+            signal.signal(number, former)

@@ -14,6 +14,7 @@ from onward.checkpoint.manifest import read_manifest
 from onward.checkpoint.read import Checkpoint
 from onward.checkpoint.removal import belongs_to, discard
 from onward.errors import PlanError, Refused
+from onward.plan.changes import check_names
 from onward.plan.load import LoadedPlan
 from onward.plan.lock import extensions_of
 from onward.runs.account import account
@@ -71,6 +72,8 @@ def run_plan(
         exists = run.state() == "run"
         if exists:
             stack.enter_context(hold(run.hold, view.note))
+        else:
+            check_names(accept, ())
         lock = open_lock(run) if exists else None
         resolved = resolve(loaded, lock.starts if lock else ())
         told = account(run, lock) if lock else None
