@@ -19,8 +19,9 @@ def add_commands(commands: Commands) -> None:
         "assemble",
         assemble,
         "put a vision-language model together from its parts, every parameter from exactly one of them",
-        "onward assemble language_model=bases/llm vision_tower=bases/clip projector=release/projector "
-        "--adapter language_model=release/llm_adapter --set vision_feature_layer=-2 --out llava",
+        "onward assemble language_model=bases/llm vision_tower=bases/clip \\\n"
+        "    projector=release/projector --adapter language_model=release/llm_adapter \\\n"
+        "    --set vision_feature_layer=-2 --out llava",
     )
     parser.add_argument(
         "parts", metavar="MODULE=PATH", nargs="*", help="language_model, vision_tower and projector: where each lies"

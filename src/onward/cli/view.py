@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SECONDS = 10.0  # between two plain lines
 WINDOW = 50  # steps over which speed is averaged
+FACTS = 65  # columns that loss, rate, speed and time left take, with the spaces around them
 
 
 class View:
@@ -108,16 +109,18 @@ class View:
 
 
 def _bar(stream: TextIO, name: str, steps: int, done: int) -> tuple[Progress, TaskID]:
+    """One line, whatever the terminal's width: the bar takes what is left, and the facts are cut at its end."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
+    from rich.table import Column
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[facts]}"),
-    )
-    progress = Progress(*columns, console=Console(file=stream), refresh_per_second=2)
+    console = Console(file=stream)
+    room = min(20, console.width - len(name) - 2 * len(str(steps)) - FACTS)
+    uncut, cut = Column(no_wrap=True), Column(no_wrap=True, overflow="ellipsis")
+    columns: list[ProgressColumn] = [TextColumn("{task.description}", table_column=uncut)]
+    columns += [BarColumn(room)] if room >= 5 else []
+    columns += [MofNCompleteColumn(table_column=uncut), TextColumn("{task.fields[facts]}", table_column=cut)]
+    progress = Progress(*columns, console=console, refresh_per_second=2)
     task = progress.add_task(name, total=steps, completed=done, facts="")
     progress.start()
     return progress, task
