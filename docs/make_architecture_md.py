@@ -23,15 +23,15 @@ def page(text: str) -> str:
 def _package(directory: Path) -> str:
     name = directory.relative_to(SOURCE).as_posix().removeprefix(".")
     modules = sorted(path for path in directory.glob("*.py") if path.name != "__init__.py")
-    rows = [f"| `{path.stem}` | {_first_sentence(path)} |" for path in modules]
-    about = _first_sentence(directory / "__init__.py")
-    return "\n".join([f"**{name or 'onward'}**: {about}\n", *(["| | |", "|---|---|", *rows, ""] if rows else [])])
+    rows = [f"- `{path.stem}`: {_first_sentence(path)}\n" for path in modules]
+    about = _first_sentence(directory / "__init__.py").removeprefix("onward: ")
+    return f"**{name or 'onward'}**: {about}\n\n{''.join(rows)}"
 
 
 def _first_sentence(path: Path) -> str:
     text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     sentence = " ".join(text.partition("\n\n")[0].split()).partition(". ")[0]
-    return sentence.removesuffix(".").replace("|", "\\|")
+    return sentence.removesuffix(".")
 
 
 if __name__ == "__main__":
