@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import checkpoint_snapshots as snaps
 import pytest
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from onward.checkpoint import save as save_module
+from onward.checkpoint.background import Background
 from onward.checkpoint.read import newest_verified, open_checkpoint
 from onward.checkpoint.save import Adapter, save_checkpoint, snapshot_bytes
 from onward.checkpoint.verify import verify_directory
@@ -192,3 +194,16 @@ def test_a_crash_at_any_rename_of_a_replacement_loses_no_verified_checkpoint(tmp
         assert found is not None, f"nothing verified after a crash at call {crash_at}"
         assert torch.equal(found.weights()["projector.weight"], new)
     assert crashes >= 5
+
+
+def test_behind_the_training_the_same_is_written(tmp_path):
+    whole = snaps.snapshot()
+    whole = replace(whole, adapter=replace(whole.adapter, quantisation={"layers": {"a": {"bits": 8}}}))
+    save_checkpoint(whole, snaps.place(tmp_path, 100))
+    behind = Background()
+    behind.start(whole, lambda copy: save_checkpoint(copy, tmp_path / "behind/step-000100"))
+    behind.wait()
+    assert behind.failure() is None
+    ours, theirs = snaps.content(tmp_path / "behind/step-000100"), snaps.content(snaps.place(tmp_path, 100))
+    assert "quantisation.json" in ours
+    assert {name for name in ours if ours[name] != theirs.get(name)} <= {"manifest.json"}

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from onward.checkpoint.memory import has_room
-from onward.checkpoint.save import Adapter, Snapshot, snapshot_bytes
+from onward.checkpoint.save import Snapshot, snapshot_bytes
 from onward.errors import OnwardError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Background:
         return replace(
             snapshot,
             weights=self._copies("weights", snapshot.weights),
-            adapter=adapter and Adapter(adapter.config, self._copies("adapter", adapter.tensors)),
+            adapter=adapter and replace(adapter, tensors=self._copies("adapter", adapter.tensors)),
             optimizer=self._copies("optimizer", snapshot.optimizer),
         )
 
