@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from onward import __version__
+from onward.plan.load import load_plan
+from onward.plan.lock import Lock, plan_values, write_lock
 
 ONWARD = (sys.executable, "-c", "import sys; from onward.cli.main import main; sys.exit(main())")
 HEAVY = ("torch", "transformers", "peft", "numpy")
@@ -22,6 +25,11 @@ stages:
 
 def onward(*words: str, **settings) -> subprocess.CompletedProcess:
     return subprocess.run([*ONWARD, *words], capture_output=True, text=True, timeout=60, **settings)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
 
 
 def imported(*words: str, cwd: Path | None = None) -> set[str]:
@@ -114,6 +122,22 @@ def test_errors_are_json_when_json_is_asked_for(tmp_path):
         "plan.yaml:3: stages.sft.train.language_model.mode: must be full, lora, qlora or frozen"
     )
     assert error["message"] in done.stderr
+
+
+def test_a_terminal_of_another_encoding_ends_no_command():
+    done = onward("--help", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert (done.returncode, done.stderr) == (0, "") and "exit status: 0 done ? 1 failed" in done.stdout
+
+
+def test_ctrl_c_ends_watching_well(tmp_path):
+    plan = load_plan(write(tmp_path / "plan.yaml", PLAN)).plan
+    lock = Lock(run_id="r", created="t", date="d", written={}, overrides={}, plan=plan_values(plan), fingerprints={},
+                environment={})  # fmt: skip
+    write_lock(tmp_path / "plan.lock.json", lock)
+    process = subprocess.Popen([*ONWARD, "status", ".", "--watch"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert "stopped, not started yet" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 0
 
 
 def test_schema_is_json():

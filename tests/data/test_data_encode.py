@@ -92,6 +92,7 @@ def test_text_parts_equal_text(text_encoder, origin):
         ({"prompt": "a", "response": "b"}, "no messages: .* this one has prompt, response"),
         ({"messages": []}, "no messages"),
         ({"messages": ["hi"]}, "message 1 is not an object with a role"),
+        ({"messages": [{"role": "assistent", "content": "hi"}]}, "the role assistent: did you mean assistant"),
         (ask("a", None), "message 2 has no content"),
         (ask(7, "b"), "message 1: content is a text or a list"),
         (ask([{"type": "text"}], "b"), "message 1: content is a text or a list"),

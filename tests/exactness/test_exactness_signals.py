@@ -26,10 +26,11 @@ LONGEST = 60  # seconds: what hangs is ended by SIGALRM, and the test fails
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_signal_saves_at_the_end_of_the_step(
-    place: Path, reference: dict[str, Path], tmp_path: Path, number: int
+    place: Path, reference: dict[str, Path], tmp_path: Path, number: int, capfd: pytest.CaptureFixture[str]
 ) -> None:
     plan, run = place / "text.yaml", tmp_path / "run"
     assert start(plan, run, view=Killer(("learn", 5), number=number)) == 75
+    assert f"{signal.Signals(number).name}: stops when the step is done and saved" in capfd.readouterr().err
     assert [manifest.step for _, manifest in list_checkpoints(run / "stages/1-learn/checkpoints")] == [3, 5]
     assert start(plan, run) == 0
     assert_identical(reference["text"], run)

@@ -63,6 +63,13 @@ def test_what_modelscope_fetched_in_part_is_not_taken(model: Path, tmp_path: Pat
     assert "modelscope download --model a/b" in str(caught.value)
 
 
+def test_a_slip_in_a_path_that_looks_like_an_id(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "models" / "Qwen2.5-0.5B").mkdir(parents=True)
+    with pytest.raises(PlanError, match=r"did you mean models/Qwen2.5-0.5B\?"):
+        resolved(tmp_path, "models/Qwen2.5-0.5")
+
+
 def cached_for_hf(model: Path, cache: Path) -> Path:
     """As huggingface_hub lays a repository out."""
     repository = cache / "models--a--b"

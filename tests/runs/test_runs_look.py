@@ -9,6 +9,7 @@ import pytest
 import tiny
 
 import onward
+from onward.cli.main import main
 from onward.errors import PlanError
 from onward.runs.diff import diff
 from onward.runs.inspect import inspect
@@ -49,7 +50,20 @@ def test_status_and_inspect_of_a_run_between_its_stages(place: Path) -> None:
     json.dumps(found.to_json())
     described = inspect(place / "run")
     assert (described.kind, described.continues_exactly) == ("run, stopped", True)
-    assert f"--run {place / 'run'}" in str(described.next_command)
+    assert described.next_command == f"onward run {place / 'plan.yaml'} --run {place / 'run'}" == found.next_command
+    assert inspect(place).facts["holds"] == ["model (model)", "run (run, stopped)"]
+
+
+def test_a_checkpoint_goes_by_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, last = (str(place / f"run/stages/1-one/checkpoints/step-00000{step}") for step in (2, 4))
+    for command, status_, said in (
+        (["inspect", f"{place / 'run'}@one/last"], 0, f"{last}: checkpoint (onward)"),
+        (["verify", f"{place / 'run'}@one/2"], 0, "1 checked"),
+        (["diff", f"{place / 'run'}@one/2", first], 0, "bit-identical"),
+        (["export", f"{place / 'run'}@one/3", "--to", "parts", "--out", "x"], 2, "no checkpoint 3: it has 2, 4"),
+    ):
+        assert main(command) == status_
+        assert said in "".join(capsys.readouterr())
 
 
 def test_what_is_what(place: Path, tmp_path: Path) -> None:

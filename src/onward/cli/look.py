@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from onward.cli.output import show
@@ -59,8 +59,8 @@ def status(arguments: argparse.Namespace) -> int:
     from onward.runs.status import status as status_of
 
     directory = Path(arguments.run)
-    show(status_of(directory), as_json=arguments.json)
-    with suppress(KeyboardInterrupt):  # how watching ends
+    with suppress(KeyboardInterrupt) if arguments.watch else nullcontext():  # how watching ends
+        show(status_of(directory), as_json=arguments.json)
         while arguments.watch:
             sys.stdout.flush()
             time.sleep(WATCH_SECONDS)
