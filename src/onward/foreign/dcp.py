@@ -8,7 +8,7 @@ from typing import Any
 
 from onward.errors import OnwardError
 from onward.foreign.description import Description
-from onward.foreign.pickle_machine import Stub
+from onward.foreign.pickle_values import Stub
 from onward.foreign.pickles import open_pickle
 
 

@@ -16,8 +16,9 @@ from onward.foreign.contents import as_step, weights_facts
 from onward.foreign.description import Description
 from onward.foreign.mmengine import config_facts, every_of
 from onward.foreign.parts import weights_command
-from onward.foreign.pickle_machine import Stub
-from onward.foreign.pickles import LazyTensor, open_pickle
+from onward.foreign.pickle_tensors import LazyTensor
+from onward.foreign.pickle_values import Stub
+from onward.foreign.pickles import open_pickle
 from onward.foreign.python_config import parse_config
 from onward.foreign.schedules import mmengine_rates
 from onward.foreign.stored import Lazy

@@ -12,7 +12,8 @@ from onward.foreign.contents import as_step, part_of, weights_facts
 from onward.foreign.description import Description
 from onward.foreign.layouts.plan_lines import plan_facts
 from onward.foreign.parts import weights_command
-from onward.foreign.pickles import LazyTensor, is_pickle, open_pickle
+from onward.foreign.pickle_tensors import LazyTensor
+from onward.foreign.pickles import is_pickle, open_pickle
 from onward.foreign.python_config import find_all, parse_config
 from onward.foreign.schedules import mmengine_rates
 from onward.foreign.stored import Lazy

@@ -11,15 +11,13 @@ from __future__ import annotations
 import pickletools
 import struct
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
-from math import prod
 from typing import Any, NoReturn, Protocol
 
 from onward.errors import DamageError, InputError
+from onward.foreign.pickle_values import MAX_KEY, Array, Global, Stub, numpy_type, scalar, sizes
 
 MAX_OPCODES = 4_000_000  # some hundred bytes each: what a file can make this machine hold is bounded by these two
 MAX_BYTES = 1 << 28  # of strings and numbers in one pickle, copies included
-MAX_KEY = 1 << 60  # larger integers can be chosen so that a dictionary of them takes for ever
 
 
 class Stream(Protocol):
@@ -30,52 +28,6 @@ class Stream(Protocol):
     def tell(self) -> int: ...
 
 
-@dataclass(frozen=True)
-class Global:
-    """A class or function that a pickle names. It was not imported."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(eq=False)
-class Stub:
-    """What a pickle would have made with something of no closed list: `of` what, with which arguments, and what was
-    put into it afterwards. Inert: nothing was called.
-    """
-
-    of: str
-    arguments: tuple[Any, ...] = ()
-    state: Any = None
-    items: dict[Any, Any] = field(default_factory=dict)
-    elements: list[Any] = field(default_factory=list)
-
-
-@dataclass(eq=False)
-class Array:
-    """A numpy array: `kind` is numpy's name of the type without the byte order (f8, i4, …), `data` row-major unless
-    `fortran`.
-    """
-
-    kind: str = ""
-    shape: tuple[int, ...] = ()
-    data: bytes = b""
-    big_endian: bool = False
-    fortran: bool = False
-
-    def values(self) -> list[Any]:
-        """Its numbers in the order of memory; ValueError where they are no plain numbers."""
-        order = ">" if self.big_endian else "<"
-        return list(struct.unpack(f"{order}{prod(self.shape)}{NUMBERS[self.kind]}", self.data))
-
-
-NUMBERS = {
-    "b1": "?", "i1": "b", "u1": "B", "i2": "h", "u2": "H", "i4": "i", "u4": "I", "i8": "q", "u8": "Q",
-    "f2": "e", "f4": "f", "f8": "d",
-}  # fmt: skip
 CONTAINERS: dict[str, Any] = {
     "OrderedDict": dict,
     "defaultdict": dict,
@@ -278,14 +230,14 @@ class _Machine:
                 return self._container(function.name, arguments)
             match function.module, function.name:
                 case "torch", "Size":
-                    return _sizes(*arguments)
+                    return sizes(*arguments)
                 case "_codecs", "encode" if arguments[1:] == ("latin1",):
                     self._charge(len(arguments[0]))
                     return arguments[0].encode("latin1")
                 case (("builtins" | "__builtin__"), "bytearray") if not arguments:
                     return bytearray()
                 case module, "scalar" if module in MULTIARRAY:
-                    return _scalar(*arguments)
+                    return scalar(*arguments)
                 case module, "_reconstruct" if module in MULTIARRAY:
                     return Array()
                 case (("copyreg" | "copy_reg"), "_reconstructor"):
@@ -311,8 +263,8 @@ class _Machine:
             target.state = state
         elif isinstance(target, Array):
             _, shape, dtype, fortran, data = state
-            kind, big = _dtype(dtype)
-            target.kind, target.shape, target.big_endian, target.fortran = kind, _sizes(shape), big, bool(fortran)
+            kind, big = numpy_type(dtype)
+            target.kind, target.shape, target.big_endian, target.fortran = kind, sizes(shape), big, bool(fortran)
             target.data = data if isinstance(data, bytes) else b""
         return target  # what a dictionary or a tensor carries besides, like a state_dict's _metadata, is not needed
 
@@ -327,27 +279,6 @@ def _tuple(value: Any) -> tuple[Any, ...]:
     if not isinstance(value, tuple):
         raise ValueError("arguments that are no tuple")
     return value
-
-
-def _sizes(value: Any) -> tuple[int, ...]:
-    if not (isinstance(value, tuple) and all(type(size) is int and 0 <= size < MAX_KEY for size in value)):
-        raise ValueError("a shape that is none")
-    return value
-
-
-def _dtype(dtype: Any) -> tuple[str, bool]:
-    """numpy's name of a type and whether it is big-endian, from the stub of a numpy.dtype."""
-    if not (isinstance(dtype, Stub) and dtype.of == "numpy.dtype" and isinstance(dtype.arguments[0], str)):
-        raise ValueError("an array without a type")
-    state = dtype.state if isinstance(dtype.state, tuple) else (3, "<")
-    return dtype.arguments[0].lstrip("<>|="), state[1] == ">"
-
-
-def _scalar(dtype: Any, data: Any = b"") -> Any:
-    kind, big = _dtype(dtype)
-    if kind not in NUMBERS or not isinstance(data, bytes):
-        return Stub("numpy.scalar", (kind,))
-    return Array(kind, (), data, big).values()[0]
 
 
 PUSHED = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from onward.foreign import mmengine
 from onward.foreign.contents import is_adapter, part_of, weights_facts
 from onward.foreign.description import Description
 from onward.foreign.parts import weights_command
-from onward.foreign.pickle_machine import Stub
-from onward.foreign.pickles import LazyTensor, is_pickle, open_pickle
+from onward.foreign.pickle_tensors import LazyTensor
+from onward.foreign.pickle_values import Stub
+from onward.foreign.pickles import is_pickle, open_pickle
 from onward.foreign.stored import Lazy, open_file
+from onward.weights.pieces import Piece
 
 WEIGHTS_ALONE = ("an optimizer, a schedule and a position in the data: these are weights alone",)
 
@@ -31,7 +34,8 @@ def recognise(path: Path) -> Description | None:
     if isinstance(value, dict):
         if found := mmengine.describe(path, value):
             return found
-        tensors = {name: tensor for name, tensor in value.items() if isinstance(name, str) and _is_tensor(tensor)}
+        kinds = LazyTensor, Piece
+        tensors = {name: one for name, one in value.items() if isinstance(name, str) and isinstance(one, kinds)}
         if tensors:
             return _tensors(path, tensors, others=len(value) - len(tensors))
         if isinstance(value.get("param_groups"), list):
@@ -42,11 +46,7 @@ def recognise(path: Path) -> Description | None:
     return _piece(path, f"an object of {value.of}" if isinstance(value, Stub) else f"a {type(value).__name__}")
 
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, LazyTensor) or hasattr(value, "entry")
-
-
-def _tensors(path: Path, tensors: dict[str, Lazy], others: int) -> Description:
+def _tensors(path: Path, tensors: Mapping[str, Lazy], others: int) -> Description:
     parts = {part_of(name) for name in tensors}
     kind, tool, next_command, cause = "tensors", "a state dict of torch", f"onward inspect {path.parent}", None
     if path.suffix == ".safetensors":

@@ -14,7 +14,8 @@ from onward.errors import InputError, PlanError
 from onward.files import read_json
 from onward.foreign import llava, xtuner, zero_files
 from onward.foreign.known import open_training
-from onward.foreign.pickles import LazyTensor, is_pickle, open_pickle, state_dict_of
+from onward.foreign.pickle_tensors import LazyTensor
+from onward.foreign.pickles import is_pickle, open_pickle, state_dict_of
 from onward.foreign.pieces import WhenAsked, any_adapter, file_pieces, has_weights, lazy_pieces, model_pieces
 from onward.weights.pieces import Piece, Pieces, renamed, with_adapter, with_replacements
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from onward.checkpoint.tensorfile import TensorEntry, read_header, read_tensor
+from onward.checkpoint.tensorfile import read_header
 from onward.errors import OnwardError
 from onward.foreign.pickles import read_state_dict
-from onward.weights.shards import read_weight_map, require_inside
+from onward.weights.pieces import stored_pieces
+from onward.weights.shards import Shard, read_weight_map, require_inside
 
 if TYPE_CHECKING:
     import torch
@@ -28,25 +29,6 @@ class Lazy(Protocol):
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A tensor of a safetensors file."""
-
-    path: Path
-    entry: TensorEntry
-
-    @property
-    def dtype(self) -> str:
-        return self.entry.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.entry.shape
-
-    def read(self) -> torch.Tensor:
-        return read_tensor(self.path, self.entry)
-
-
-@dataclass(frozen=True)
 class Stored:
     """The tensors of a directory by name, the files that hold them, and what is wrong with those."""
 
@@ -58,7 +40,7 @@ class Stored:
 def open_file(path: Path) -> dict[str, Lazy]:
     """The tensors of one safetensors or pickled file."""
     if path.suffix == ".safetensors":
-        return {name: Placed(path, entry) for name, entry in read_header(path)[0].items()}
+        return dict(stored_pieces([Shard(path, *read_header(path))]))
     return dict(read_state_dict(path))
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from onward.errors import InputError
-from onward.foreign.pickles import LazyTensor
+from onward.foreign.pickle_tensors import LazyTensor
 from onward.foreign.stored import Lazy
 from onward.foreign.training import MOMENTS, Number, Numbered, Slots
 

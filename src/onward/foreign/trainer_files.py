@@ -14,7 +14,7 @@ from onward.errors import OnwardError
 from onward.files import read_json
 from onward.foreign import zero_files
 from onward.foreign.contents import as_step
-from onward.foreign.pickle_machine import Stub
+from onward.foreign.pickle_values import Stub
 from onward.foreign.pickles import open_pickle
 from onward.foreign.stored import Stored, stored_in
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from onward.errors import DamageError, InputError
-from onward.foreign.pickles import LazyTensor
+from onward.foreign.pickle_tensors import LazyTensor
 from onward.foreign.stored import Lazy
 from onward.foreign.torch_optimizer import as_number
 from onward.foreign.training import MOMENTS, Joined, Slots

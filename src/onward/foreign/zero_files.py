@@ -10,7 +10,7 @@ from typing import Any
 
 from onward.errors import DamageError, OnwardError
 from onward.foreign.contents import as_step
-from onward.foreign.pickle_machine import Global, Stub
+from onward.foreign.pickle_values import Global, Stub
 from onward.foreign.pickles import open_pickle
 
 MODEL, OPTIMIZER = "*mp_rank_*model_states.pt", "*zero_pp_rank_*_mp_rank_*optim_states.pt"
