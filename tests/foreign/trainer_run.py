@@ -79,8 +79,11 @@ def samples_of(directory: Path) -> tuple[list[dict], int]:
     ], encoder.pad_id
 
 
-def train(directory: Path, kind: str, **more: object) -> Path:
-    """Train all steps with Trainer, as the plan says; gives its output directory, with checkpoint-6 and -16."""
+def train(directory: Path, kind: str, adapters: dict | None = None, **more: object) -> Path:
+    """Train all steps with Trainer, as the plan says; gives its output directory, with checkpoint-6 and -16.
+
+    `adapters`: other settings of LoRA; `more`: as `fit` has it.
+    """
     import torch
     import transformers
 
@@ -92,18 +95,17 @@ def train(directory: Path, kind: str, **more: object) -> Path:
         import peft
 
         torch.manual_seed(1)
-        model = peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], modules_to_save=["lm_head"],
-                task_type="CAUSAL_LM",
-            ),
-        )  # fmt: skip
+        settings = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+        settings |= {"modules_to_save": ["lm_head"]} if adapters is None else adapters
+        model = peft.get_peft_model(model, peft.LoraConfig(**settings, task_type="CAUSAL_LM"))
     return fit(model, directory, **more)
 
 
-def fit(model, directory: Path, **more: object) -> Path:
-    """Train a model's own parameters that take a gradient, over the plan's batches."""
+def fit(model, directory: Path, optimizer=None, **more: object) -> Path:
+    """Train a model's own parameters that take a gradient, over the plan's batches.
+
+    `optimizer`: what makes another one of the model; `more`: other arguments of Trainer's.
+    """
     import torch
     import transformers
 
@@ -112,6 +114,10 @@ def fit(model, directory: Path, **more: object) -> Path:
     class InOrder(transformers.Trainer):
         def _get_train_sampler(self, *_):
             return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def create_optimizer(self, *given):
+            self.optimizer = optimizer(self.model) if optimizer else None
+            return super().create_optimizer(*given)
 
     fill = {"input_ids": pad_id, "attention_mask": 0, "labels": -100}
 
@@ -123,12 +129,13 @@ def fit(model, directory: Path, **more: object) -> Path:
             for key in fill
         }
 
-    arguments = transformers.TrainingArguments(
-        output_dir=str(directory / "trainer"), per_device_train_batch_size=2, gradient_accumulation_steps=2,
-        max_steps=STEPS, learning_rate=5e-3, lr_scheduler_type="cosine", warmup_steps=2, max_grad_norm=0.5,
-        weight_decay=0.1, adam_beta2=0.95, logging_steps=1, save_strategy="steps", save_steps=SAVED, report_to=[],
-        use_cpu=True, optim="adamw_torch_fused", disable_tqdm=True, **more,
-    )  # fmt: skip
+    arguments = {
+        "output_dir": str(directory / "trainer"), "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2,
+        "max_steps": STEPS, "learning_rate": 5e-3, "lr_scheduler_type": "cosine", "warmup_steps": 2,
+        "max_grad_norm": 0.5, "weight_decay": 0.1, "adam_beta2": 0.95, "logging_steps": 1, "save_strategy": "steps",
+        "save_steps": SAVED, "report_to": [], "use_cpu": True, "optim": "adamw_torch_fused", "disable_tqdm": True,
+    }  # fmt: skip
+    arguments = transformers.TrainingArguments(**{**arguments, **more})
     trainer = InOrder(model=model, args=arguments, train_dataset=samples, data_collator=collate)
     trainer.train()
     trainer.save_model(str(directory / "trainer/final"))
