@@ -177,7 +177,10 @@ def qwen_config(c, **changes) -> dict:
     }  # fmt: skip
 
 
-def qwen(directory: Path, *, dtype="float32", shards=1, pickled=False, quantised=0, theirs=(), scale=0.3, **changes):
+def qwen(
+    directory: Path, *, dtype="float32", shards=1, pickled=False, quantised=0, group=32, ordered=False, theirs=(),
+    scale=0.3, **changes,
+):  # fmt: skip
     """A Qwen-7B in `directory`, GPTQ-packed where `quantised` gives the bits; the Qwen2 that it is."""
     import transformers
 
@@ -189,8 +192,8 @@ def qwen(directory: Path, *, dtype="float32", shards=1, pickled=False, quantised
     config = qwen_config(native.config, **dict(theirs))
     tensors = qwen_tensors(native.state_dict())
     if quantised:
-        tensors = pack(native, tensors, quantised)
-        config["quantization_config"] = {"quant_method": "gptq", "bits": quantised, "group_size": 32, "sym": True}
+        tensors = pack(native, tensors, quantised, group, ordered=ordered)
+        config["quantization_config"] = {"quant_method": "gptq", "bits": quantised, "group_size": group, "sym": True}
     save(directory, tensors, config, dtype=dtype, shards=shards, pickled=pickled)
     tiktoken_files(directory)
     return native
@@ -252,7 +255,7 @@ def sines(count: int, width: int):
     return torch.stack(rows)
 
 
-def pack(native, tensors: dict, bits: int, group: int = 32, prefix: str = "model.") -> dict:
+def pack(native, tensors: dict, bits: int, group: int = 32, prefix: str = "model.", ordered: bool = False) -> dict:
     """Every layer of the blocks packed, value by value; `native` gets the weights that this leaves (in fp32)."""
     import torch
 
@@ -267,21 +270,22 @@ def pack(native, tensors: dict, bits: int, group: int = 32, prefix: str = "model
         rows, columns = weight.shape
         chance = torch.Generator().manual_seed(rows * columns)
         q = torch.randint(0, 2**bits, (columns, rows), generator=chance)
-        zero = torch.randint(1, 2**bits, (columns // group, rows), generator=chance)
-        scales = (torch.rand(columns // group, rows, generator=chance) * 0.02).half()
-        g_idx = torch.randperm(columns, generator=chance) // group
+        size = group if group > 0 else columns
+        zero = torch.randint(0, 2**bits, (columns // size, rows), generator=chance)
+        scales = (torch.rand(columns // size, rows, generator=chance) * 0.02).half()
+        g_idx = (torch.arange(columns) if ordered else torch.randperm(columns, generator=chance)) // size
         per = 32 // bits
         qweight, qzeros = (
             torch.zeros(columns // per, rows, dtype=torch.int64),
-            torch.zeros(columns // group, rows // per, dtype=torch.int64),
+            torch.zeros(columns // size, rows // per, dtype=torch.int64),
         )
         for i in range(columns):
             qweight[i // per] |= q[i] << (bits * (i % per))
         for i in range(rows):
-            qzeros[:, i // per] |= (zero[:, i] - 1) << (bits * (i % per))
+            qzeros[:, i // per] |= (zero[:, i] - 1) % 2**bits << (bits * (i % per))
         packed |= {
             f"{layer}.qweight": _int32(qweight), f"{layer}.qzeros": _int32(qzeros), f"{layer}.scales": scales,
-            f"{layer}.g_idx": g_idx.int(),
+            **({} if ordered else {f"{layer}.g_idx": g_idx.int()}),
         }  # fmt: skip
         if f"{layer}.bias" not in tensors:
             packed[f"{layer}.bias"] = torch.zeros(rows, dtype=torch.float16)

@@ -195,6 +195,8 @@ VARIANTS = {
     "qwen": partial(legacy.qwen, theirs=(("seq_length", 48),)),
     "qwen: fp16, five files, deep": partial(legacy.qwen, dtype="float16", shards=5, num_hidden_layers=3),
     "qwen: 4 bits": partial(legacy.qwen, quantised=4),
+    "qwen: 4 bits, one group a column, bf16": partial(legacy.qwen, quantised=4, group=-1, dtype="bfloat16"),
+    "qwen: 2 bits, groups in order that are not written": partial(legacy.qwen, quantised=2, group=16, ordered=True),
     "qwen: 8 bits, pickles": partial(legacy.qwen, quantised=8, shards=2, pickled=True),
     "internvl: 300M": partial(legacy.internvl),
     "internvl: 6B, biases, bf16, two files": partial(

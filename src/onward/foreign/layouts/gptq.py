@@ -1,9 +1,9 @@
 """4-bit weights as GPTQ packs them (AutoGPTQ, also 2 and 8 bits), unpacked exactly.
 
 Of a layer [out, in]: `qweight` int32 [in / n, out] holds n = 32 / bits values an integer, lowest bits first, along the
-input; `qzeros` int32 [groups, out / n] likewise along the output, each a zero point minus 1 (in format gptq_v2 the zero
-point itself); `scales` [groups, out]; `g_idx` int32 [in] names each input's group. The weight is
-`scales[g_idx] * (q - zero)`, a product of an 11-bit and a small number, which fp32 holds exactly and fp16 does not.
+input; `qzeros` int32 [groups, out / n] likewise along the output, each a zero point minus 1, the largest for 0 (in
+format gptq_v2 the zero point itself); `scales` [groups, out]; `g_idx` int32 [in] names each input's group. The weight
+is `scales[g_idx] * (q - zero)`, a product of an 11-bit and a small number, which fp32 holds exactly and fp16 does not.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _unpack(qweight: Piece, qzeros: Piece, scales: Piece, g_idx: Piece | None, b
     mask = (1 << bits) - 1
     packed, zeros, scale = qweight.read(), qzeros.read(), scales.read().float()
     weight = ((packed[:, None, :] >> shifts[None, :, None]) & mask).reshape(-1, packed.shape[1])
-    zero = ((zeros[:, :, None] >> shifts[None, None, :]) & mask).reshape(zeros.shape[0], -1) + offset
+    zero = ((zeros[:, :, None] >> shifts[None, None, :]) + offset & mask).reshape(zeros.shape[0], -1)
     inputs, groups = weight.shape[0], scale.shape[0]
     group = g_idx.read().long() if g_idx else torch.arange(inputs) // (inputs // groups)
     if int(group.min()) < 0 or int(group.max()) >= groups:
