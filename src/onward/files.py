@@ -147,6 +147,12 @@ def hidden_name(path: Path, owner: str = "") -> Path:
     return path.with_name("-".join((PARTIAL + path.name, *([owner] if owner else ()), secrets.token_hex(4))))
 
 
+def require_new(out: Path) -> None:
+    """InputError where there is something already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError("is there already, and not empty", where=str(out), hint="give --out a new directory")
+
+
 @contextmanager
 def committed_directory(final: Path, owner: str = "") -> Iterator[Path]:
     """A fresh directory to write into; when the block ends well it becomes `final`, durably and at once.

@@ -2,17 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from onward.errors import InputError
-from onward.foreign.layouts.rules import Part, Rows, Rule, placed, split_name
+from onward.foreign.layouts.layout import Config, Converted, Layout, readable
+from onward.foreign.layouts.rules import Part, Rows, Rule, on_disk, placed, split_name
 from onward.weights.pieces import Once, Piece, Pieces
 
 if TYPE_CHECKING:
     import torch
+
+HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
+Shapes = Callable[[dict[str, Any]], Mapping[str, tuple[int, ...]]]
+
+
+def as_ours(
+    theirs: Pieces, layout: Layout, config: Config, source: Path, shapes_of: Shapes, left_out: dict[str, str]
+) -> tuple[Converted, dict[str, Piece]]:
+    """A whole model: our configuration, and its tensors by the names that transformers writes.
+
+    `shapes_of` gives the parameters, by name, of the model that a configuration of ours describes: they are what must
+    be made. InputError where they are not, with the first.
+    """
+    with readable(source):
+        target, rules = layout.config(config, source), layout.rules(config)
+    expected = shapes_of(target.config)
+    ours = without_tied_head(converted(theirs, rules, left_out), expected, left_out, str(source))
+    if odd := sorted(ours.keys() ^ expected.keys()):
+        reason = f"{odd[0]} would be made, but the model has none" if odd[0] in ours else f"nothing becomes {odd[0]}"
+        raise InputError(f"{reason} ({len(odd)} such tensors)", where=str(source))
+    for name, piece in ours.items():
+        if piece.shape != tuple(expected[name]):
+            reason = f"{name} would be {piece.shape}, the configuration says {expected[name]}"
+            raise InputError(reason, where=str(source))
+    return target, {on_disk(name, layout.disk): piece for name, piece in ours.items()}
+
+
+def without_tied_head(
+    pieces: Pieces, expected: Mapping[str, tuple[int, ...]], left_out: dict[str, str], where: str
+) -> dict[str, Piece]:
+    """A head that is the embedding is written once. InputError where files hold two that differ."""
+    embedding = next((piece for name, piece in pieces.items() if name.endswith(EMBEDDING)), None)
+    if HEAD in expected or HEAD not in pieces or embedding is None:
+        return dict(pieces)
+    head = pieces[HEAD]
+    if head.shape != embedding.shape or not bool((head.read() == embedding.read()).all()):
+        raise InputError("says tie_word_embeddings, but its head is not its embedding", where=where)
+    left_out[HEAD] = "tied: it is the embedding"
+    return {name: piece for name, piece in pieces.items() if name != HEAD}
 
 
 def converted(pieces: Pieces, rules: Sequence[Rule], left_out: dict[str, str]) -> dict[str, Piece]:

@@ -51,6 +51,16 @@ def is_llava_config(config: Mapping[str, Any]) -> bool:
     return "mm_projector_type" in config or "mm_vision_tower" in config or "mm_hidden_size" in config
 
 
+def refuse_llava(config: Any, where: str) -> None:
+    """InputError, with what to do, for the config.json of a model in LLaVA's own layout."""
+    if isinstance(config, dict) and is_llava_config(config):
+        raise InputError(
+            "is a LLaVA in a layout of its own, which is put together with its vision tower",
+            where=where,
+            hint=f"onward inspect {shlex.quote(where.removesuffix('/config.json'))} prints the command",
+        )
+
+
 def assemble_command(directory: str, config: Mapping[str, Any], names: Iterable[str]) -> str:
     """What makes a directory of LLaVA's own, with tensors of these names, a model that transformers has: its vision
     tower lies elsewhere, and is replaced where the directory holds one that was trained.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from onward.checkpoint.tensorfile import FileRecord
 from onward.errors import InputError, PlanError
-from onward.files import committed_directory, digest_file, read_json, require_space
+from onward.files import committed_directory, digest_file, read_json, require_new, require_space
 from onward.foreign import llava
-from onward.foreign.converted import converted
+from onward.foreign.converted import HEAD, converted, without_tied_head
 from onward.foreign.layouts import Layout, layout_of
 from onward.foreign.sources import Source
 from onward.model import wholes
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 TEXT_TOWER = re.compile(r"^(?:text_model\.|text_projection\.|visual_projection\.|logit_(?:scale|bias)$)")
 IN_MEMORY = {"vision_tower": "model.vision_tower.", "projector": "model.multi_modal_projector."}
 ON_DISK = {"vision_tower": "vision_tower.", "projector": "multi_modal_projector.", "language_model": "language_model."}
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def assemble(request: Request, out: Path) -> AssemblyReport:
@@ -45,8 +44,7 @@ def assemble(request: Request, out: Path) -> AssemblyReport:
 
     InputError for a parameter that has not exactly one source, and for a tensor of a checkpoint that nothing uses.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError("is there already, and not empty", where=str(out), hint="give --out a new directory")
+    require_new(out)
     if request.base:
         from onward.model.rebuilt import over_base
 
@@ -92,7 +90,9 @@ def _from_parts(request: Request, out: Path) -> AssemblyReport:
         parts["language_model"] = _with_rows(text, config.text_config, config.image_token_id + 1, token)
         config.architectures = [f"{wholes.CLASSES[family]}ForConditionalGeneration"]
         expected = parameter_shapes(config.to_dict())
-        parts["language_model"] = without_tied_head(parts["language_model"], expected, shop.left_out)
+        parts["language_model"] = without_tied_head(
+            parts["language_model"], expected, shop.left_out, str(source.path / "config.json")
+        )
         check_assignment(expected, [Part(m, {in_memory(m, n): p for n, p in ps.items()}) for m, ps in parts.items()])
         wholes.write_image_files(family, images, unfinished, config, token, aspect)
         shop.settings.assumed["chat template"] = wholes.write_chat_template(unfinished, token)
@@ -187,18 +187,6 @@ def without_buffers(pieces: Pieces, left_out: dict[str, str]) -> dict[str, Piece
     """The parameters among tensors of older files."""
     left_out |= {name: "computed from the configuration" for name in pieces if re.search(BUFFERS, name)}
     return {name: piece for name, piece in pieces.items() if not re.search(BUFFERS, name)}
-
-
-def without_tied_head(
-    pieces: Pieces, expected: Mapping[str, tuple[int, ...]], left_out: dict[str, str], embedding: str = EMBEDDING
-) -> dict[str, Piece]:
-    """A head that is the embedding is written once. InputError where files hold two that differ."""
-    if HEAD in expected or HEAD not in pieces or embedding not in pieces:
-        return dict(pieces)
-    if not bool((pieces[HEAD].read() == pieces[embedding].read()).all()):
-        raise InputError("config.json ties it to the embedding, but the two differ", where=HEAD)
-    left_out[HEAD] = "tied: it is the embedding"
-    return {name: piece for name, piece in pieces.items() if name != HEAD}
 
 
 def _with_rows(text: Pieces, config: Any, needed: int, token: str) -> dict[str, Piece]:

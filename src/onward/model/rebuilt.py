@@ -11,11 +11,10 @@ from typing import Any
 from onward.errors import InputError
 from onward.files import committed_directory, read_json, require_space, write_json
 from onward.foreign import llava
-from onward.foreign.converted import converted
-from onward.foreign.layouts import Layout, layout_of
-from onward.foreign.layouts.rules import on_disk
+from onward.foreign.converted import as_ours
+from onward.foreign.layouts import layout_of
 from onward.foreign.pieces import model_pieces
-from onward.model.assembly import EMBEDDING, finished, without_buffers, without_tied_head
+from onward.model.assembly import finished, without_buffers
 from onward.model.families import find_family
 from onward.model.families.family import WHOLES
 from onward.model.partition import into_whole
@@ -71,7 +70,8 @@ def over_base(request: Request, out: Path) -> AssemblyReport:
             ours = dict(config)
             written = {names[canonical]: piece for canonical, piece in pieces.items()}
         else:
-            ours, written = _convert(shop, layout, config, pieces)
+            target, written = as_ours(pieces, layout, config, base, parameter_shapes, shop.left_out)
+            ours = target.config
             layout.files(base, unfinished, config, ours)
         parts = [Part(owner_of_ours, {n: written[n] for n in mine}) for owner_of_ours, mine in _grouped(written, ours)]
         if request.dtype or layout:
@@ -106,20 +106,6 @@ def _replacement(shop: Workshop, pieces: Pieces, module: str, naming: Naming) ->
     new = renamed(given, partial(naming.inside, module))
     check_assignment(expected, [Part(module, new)])
     return new
-
-
-def _convert(
-    shop: Workshop, layout: Layout, config: dict[str, Any], pieces: Pieces
-) -> tuple[dict[str, Any], dict[str, Piece]]:
-    """Configuration and tensors (by their names in files) of a foreign base in transformers' layout."""
-    assert shop.request.base is not None
-    ours = layout.config(config, shop.request.base).config
-    canonical = converted(pieces, layout.rules(config), shop.left_out)
-    expected = parameter_shapes(ours)
-    embedding = next((name for name in canonical if name.endswith("embed_tokens.weight")), EMBEDDING)
-    canonical = without_tied_head(canonical, expected, shop.left_out, embedding)
-    check_assignment(expected, [Part("", canonical)])
-    return dict(ours), {on_disk(name, layout.disk): piece for name, piece in canonical.items()}
 
 
 def _grouped(names: Pieces, config: dict[str, Any]) -> list[tuple[str, list[str]]]:

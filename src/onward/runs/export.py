@@ -16,7 +16,7 @@ from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS, QUANTISATION
 from onward.checkpoint.tensorfile import FileRecord, write_tensors
 from onward.checkpoint.verify import problems_of
 from onward.errors import DamageError, InputError, PlanError
-from onward.files import committed_directory, digest_file, read_json, require_space
+from onward.files import committed_directory, digest_file, read_json, require_new, require_space
 from onward.foreign.layouts import layout_of
 from onward.foreign.pieces import any_adapter, has_weights
 from onward.foreign.xtuner_export import write_pth, xtuner_name
@@ -74,8 +74,7 @@ def export(path: Path, form: str, out: Path, base: Path | None = None) -> Export
     """
     if form not in FORMS:
         raise PlanError(f"--to {form}: it is one of {', '.join(FORMS)}", where="command line")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError("is there already, and not empty", where=str(out), hint="give --out a new directory")
+    require_new(out)
     if (path / PARTS).is_file():
         return _from_parts(path, form, out)
     if (trained := _trained(path)) is not None:

@@ -25,7 +25,7 @@ from onward.checkpoint.tensorfile import (
 )
 from onward.checkpoint.verify import problems_of
 from onward.errors import DamageError, InputError
-from onward.files import committed_directory, fsync, read_json, require_space
+from onward.files import committed_directory, fsync, read_json, require_new, require_space
 from onward.weights.fold import Addition, Change, Drift, fold
 from onward.weights.lora import changes_of, open_adapter
 from onward.weights.quantised import Quantisation, from_json
@@ -214,8 +214,7 @@ def merge_adapters(
             where=str(directories[0]),
             hint="merge it into the original base: --base-values original",
         )
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError("is there already, and not empty", where=str(out), hint="give --out a new directory")
+    require_new(out)
     to_canonical = to_canonical_for(read_json(base / "config.json"))
     require_space(out, merge_bytes(base), "the merged model")
     with committed_directory(out) as unfinished:

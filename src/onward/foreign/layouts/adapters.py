@@ -19,9 +19,10 @@ from onward.checkpoint.manifest import write_file
 from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS
 from onward.checkpoint.tensorfile import FileRecord, write_tensors
 from onward.errors import InputError
-from onward.files import committed_directory, read_json, require_space, write_json
+from onward.files import committed_directory, read_json, require_new, require_space, write_json
+from onward.foreign.converted import Shapes
 from onward.foreign.layouts import layout_of
-from onward.foreign.layouts.convert import PROVENANCE, Shapes, require_new
+from onward.foreign.layouts.convert import PROVENANCE
 from onward.foreign.layouts.layout import Layout
 from onward.foreign.layouts.places import Place, converted_from, places_of
 from onward.foreign.pieces import any_adapter

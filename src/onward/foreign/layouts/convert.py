@@ -5,7 +5,7 @@ Weights are streamed: memory holds one of their tensors and its part.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -14,24 +14,21 @@ from typing import Any
 from onward.cache import cached_digest
 from onward.checkpoint.tensorfile import FileRecord, TensorSpec
 from onward.errors import InputError
-from onward.files import committed_directory, digest_file, read_json, require_space, write_json
-from onward.foreign.converted import converted
+from onward.files import committed_directory, digest_file, read_json, require_new, require_space, write_json
+from onward.foreign.converted import Shapes, as_ours
 from onward.foreign.layouts import layout_of
 from onward.foreign.layouts.gptq import unpacked
 from onward.foreign.layouts.layout import DTYPE, readable
-from onward.foreign.layouts.rules import on_disk
 from onward.foreign.layouts.wrapped import unwrapped
-from onward.foreign.llava import is_llava_config
+from onward.foreign.llava import refuse_llava
 from onward.foreign.pieces import GPTQ, model_pieces
 from onward.weights.assemble import main_dtype
-from onward.weights.pieces import Piece, Pieces, written
+from onward.weights.pieces import Pieces, written
 from onward.weights.sharded import Pending, write_sharded
 from onward.weights.shards import INDEX, SINGLE
 from onward.weights.sidecars import copy_sidecars
 
 PROVENANCE = "onward-import.json"
-HEAD, EMBEDDING = "lm_head.weight", "embed_tokens.weight"
-Shapes = Callable[[dict[str, Any]], Mapping[str, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -68,19 +65,13 @@ class ImportReport:
 def import_model(source: Path, out: Path, *, shapes_of: Shapes) -> ImportReport:
     """Convert a model directory of a foreign layout into `out`, which appears whole or not at all.
 
-    `shapes_of` gives the parameters, by name, of the model that a configuration of ours describes: they are what must
-    be made. A model of transformers' own in `.bin` files becomes the same in safetensors. InputError for a layout, a
-    configuration or a tensor that cannot be converted exactly, with the reason.
+    `shapes_of` as `as_ours` has it. A model of transformers' own in `.bin` files becomes the same in safetensors.
+    InputError for a layout, a configuration or a tensor that cannot be converted exactly, with the reason.
     """
     where = str(source / "config.json")
     config = read_json(source / "config.json")
     layout = layout_of(config)
-    if isinstance(config, dict) and is_llava_config(config):
-        raise InputError(
-            "is a LLaVA in a layout of its own, which is put together with its vision tower",
-            where=where,
-            hint=f"onward inspect {source} prints the command",
-        )
+    refuse_llava(config, where)
     if layout is None and (_is_converted(source) or "auto_map" in config or "quantization_config" in config):
         raise InputError(
             "its model_type is no layout that needs conversion, or none that is known",
@@ -90,21 +81,12 @@ def import_model(source: Path, out: Path, *, shapes_of: Shapes) -> ImportReport:
     require_new(out)
     if layout is None:
         return _repacked(source, out, config)
-    with readable(source):
-        target, rules = layout.config(config, source), layout.rules(config)
     whole, notes = unpacked(model_pieces(source), config, source)
     theirs, more = unwrapped(whole, config, source)
     notes += more
     left: dict[str, str] = {}
-    ours = converted(theirs, rules, left)
-    if target.config["tie_word_embeddings"]:
-        _untied(ours, left, source)
-    _check(ours, shapes_of(target.config), source)
-    names = {name: on_disk(name, layout.disk) for name in ours}
-    pending = [
-        Pending(TensorSpec(names[name], piece.dtype, piece.shape), partial(written, piece, name, piece.dtype))
-        for name, piece in ours.items()
-    ]
+    target, ours = as_ours(theirs, layout, config, source, shapes_of, left)
+    pending = _pending(ours)
     size = sum(tensor.spec.nbytes for tensor in pending)
     made = {key: value for key, value in target.config.items() if key not in DTYPE}
     made["torch_dtype"] = main_dtype(tensor.spec for tensor in pending)  # packed weights become wider
@@ -143,11 +125,7 @@ def _is_converted(source: Path) -> bool:
 
 def _repacked(source: Path, out: Path, config: Mapping[str, Any]) -> ImportReport:
     """A model of transformers' whose weights are pickled: the same tensors by the same names, in safetensors."""
-    pieces = model_pieces(source)
-    pending = [
-        Pending(TensorSpec(name, piece.dtype, piece.shape), partial(written, piece, name, piece.dtype))
-        for name, piece in pieces.items()
-    ]
+    pending = _pending(model_pieces(source))
     size = sum(tensor.spec.nbytes for tensor in pending)
     require_space(out, size, "the model in safetensors")
     with committed_directory(out) as unfinished:
@@ -158,10 +136,12 @@ def _repacked(source: Path, out: Path, config: Mapping[str, Any]) -> ImportRepor
     )
 
 
-def require_new(out: Path) -> None:
-    """InputError where there is something already."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError("is there already, and not empty", where=str(out), hint="give --out a new directory")
+def _pending(pieces: Pieces) -> list[Pending]:
+    """Each tensor in its own type, made when its turn comes."""
+    return [
+        Pending(TensorSpec(name, piece.dtype, piece.shape), partial(written, piece, name, piece.dtype))
+        for name, piece in pieces.items()
+    ]
 
 
 def _records(directory: Path, known: list[FileRecord]) -> tuple[FileRecord, ...]:
@@ -169,23 +149,3 @@ def _records(directory: Path, known: list[FileRecord]) -> tuple[FileRecord, ...]
     names = {record.path for record in known}
     beside = [path for path in sorted(directory.iterdir()) if path.name not in names]
     return (*known, *(FileRecord(path.name, path.stat().st_size, digest_file(path, "xxh3")) for path in beside))
-
-
-def _untied(pieces: dict[str, Piece], left: dict[str, str], source: Path) -> None:
-    """Take the head out of a model that ties it. InputError where it is another than the embedding."""
-    if HEAD in pieces:
-        head, embedding = pieces.pop(HEAD), next((p for name, p in pieces.items() if name.endswith(EMBEDDING)), None)
-        if embedding is None or head.shape != embedding.shape or not bool((head.read() == embedding.read()).all()):
-            raise InputError("says tie_word_embeddings, but its head is not its embedding", where=str(source))
-        left[HEAD] = "tied: it is the embedding"
-
-
-def _check(pieces: Pieces, expected: Mapping[str, tuple[int, ...]], source: Path) -> None:
-    """InputError unless the tensors to be made are those of the model, in its shapes."""
-    made = {name: piece.shape for name, piece in pieces.items()}
-    if odd := sorted(made.keys() ^ expected.keys()):
-        reason = f"{odd[0]} would be made, but the model has none" if odd[0] in made else f"nothing becomes {odd[0]}"
-        raise InputError(f"{reason} ({len(odd)} such tensors)", where=str(source))
-    for name, shape in made.items():
-        if shape != tuple(expected[name]):
-            raise InputError(f"{name} would be {shape}, the configuration says {expected[name]}", where=str(source))

@@ -9,7 +9,7 @@ from typing import Any
 
 from onward.errors import InputError
 from onward.foreign.layouts.layout import DTYPE, Config, Converted, Layout, number, present
-from onward.foreign.layouts.rules import Part, Rows, Rule, rule
+from onward.foreign.layouts.rules import Part, Rows, Rule, named
 from onward.foreign.layouts.sidecars import convert_text_tokenizer, write_generation_config
 
 
@@ -71,32 +71,30 @@ def rope_scaling(config: Config, where: str) -> tuple[dict[str, Any], tuple[str,
     return {"rope_scaling": {"type": kind, "rope_type": kind, "factor": float(factor)}}, limits
 
 
-def rules(config: Config, here: str = "model", head: str = "lm_head", there: str = "") -> tuple[Rule, ...]:
+LAYERS = {
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def rules(config: Config, here: str = "model", there: str = "") -> tuple[Rule, ...]:
     """`here` is the decoder's name in our model, `there` what stands before its names in theirs (a pattern)."""
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     group = heads // kv_heads
     there += r"(?:model\.)?"  # InternLM2Model by itself has it not
-    own, theirs = rf"{here}.layers.\1", rf"{there}layers\.(\d+)"
+    own, theirs = rf"{here}.layers.\1.", rf"{there}layers\.(\d+)\."
+    fused = (("q", 0, group), ("k", group, group + 1), ("v", group + 1, group + 2))
+    parts = (Part(f"{own}self_attn.{x}_proj", Rows(kv_heads, group + 2, first, end)) for x, first, end in fused)
     return (
-        rule(rf"{there}tok_embeddings", f"{here}.embed_tokens"),
-        rule(rf"{there}norm", f"{here}.norm"),
-        rule(rf"{there}output", head),
-        Rule(
-            rf"{theirs}\.attention\.wqkv",
-            (
-                Part(f"{own}.self_attn.q_proj", Rows(kv_heads, group + 2, 0, group)),
-                Part(f"{own}.self_attn.k_proj", Rows(kv_heads, group + 2, group, group + 1)),
-                Part(f"{own}.self_attn.v_proj", Rows(kv_heads, group + 2, group + 1, group + 2)),
-            ),
-        ),
-        rule(rf"{theirs}\.attention\.wo", f"{own}.self_attn.o_proj"),
-        rule(rf"{theirs}\.feed_forward\.w1", f"{own}.mlp.gate_proj"),
-        rule(rf"{theirs}\.feed_forward\.w3", f"{own}.mlp.up_proj"),
-        rule(rf"{theirs}\.feed_forward\.w2", f"{own}.mlp.down_proj"),
-        rule(rf"{theirs}\.attention_norm", f"{own}.input_layernorm"),
-        rule(rf"{theirs}\.ffn_norm", f"{own}.post_attention_layernorm"),
-        Rule(rf"{theirs}\.attention\.rotary_emb\.inv_freq"),
+        *named(there, "", {"tok_embeddings": f"{here}.embed_tokens", "norm": f"{here}.norm", "output": "lm_head"}),
+        Rule(rf"{theirs}attention\.wqkv", tuple(parts)),
+        *named(theirs, own, LAYERS),
+        Rule(rf"{theirs}attention\.rotary_emb\.inv_freq"),
     )
 
 

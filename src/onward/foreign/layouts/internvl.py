@@ -13,7 +13,7 @@ from onward.errors import InputError
 from onward.files import read_json, write_json
 from onward.foreign.layouts import internlm2
 from onward.foreign.layouts.layout import DTYPE, Config, Converted, Layout, must_be, number, present
-from onward.foreign.layouts.rules import Rule, rule, thirds
+from onward.foreign.layouts.rules import Rule, named, rule, thirds
 from onward.foreign.layouts.sidecars import (
     convert_text_tokenizer,
     token_ids,
@@ -166,28 +166,33 @@ def _phi3(text: dict[str, Any], given: Config, where: str) -> tuple[dict[str, An
     return text, limits
 
 
+EMBEDDINGS = {
+    "class_embedding": "cls_token",
+    "position_embedding": "position_embeddings",
+    "patch_embedding": "patch_embeddings.projection",
+}
+LAYERS = {
+    "attn.proj": "attention.projection_layer",
+    "attn.q_norm": "attention.q_norm",
+    "attn.k_norm": "attention.k_norm",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "ls1": "lambda_1",
+    "ls2": "lambda_2",
+}
+PROJECTOR = {"0": "layer_norm", "1": "linear_1", "3": "linear_2"}
+
+
 def rules(config: Config) -> tuple[Rule, ...]:
-    tower, there = "model.vision_tower", r"vision_model\.encoder\.layers\.(\d+)"
-    own = rf"{tower}.encoder.layer.\1"
-    attention = f"{own}.attention"
-    projector = "model.multi_modal_projector"
+    tower, there = "model.vision_tower.", r"vision_model\.encoder\.layers\.(\d+)\."
+    own = rf"{tower}encoder.layer.\1."
     vision = (
-        rule(r"vision_model\.embeddings\.class_embedding", f"{tower}.embeddings.cls_token"),
-        rule(r"vision_model\.embeddings\.position_embedding", f"{tower}.embeddings.position_embeddings"),
-        rule(r"vision_model\.embeddings\.patch_embedding", f"{tower}.embeddings.patch_embeddings.projection"),
-        Rule(rf"{there}\.attn\.qkv", thirds(*(f"{attention}.{part}_proj" for part in "qkv"))),
-        rule(rf"{there}\.attn\.proj", f"{attention}.projection_layer"),
-        rule(rf"{there}\.attn\.q_norm", f"{attention}.q_norm"),
-        rule(rf"{there}\.attn\.k_norm", f"{attention}.k_norm"),
-        rule(rf"{there}\.mlp\.fc1", f"{own}.mlp.fc1"),
-        rule(rf"{there}\.mlp\.fc2", f"{own}.mlp.fc2"),
-        rule(rf"{there}\.norm1", f"{own}.layernorm_before"),
-        rule(rf"{there}\.norm2", f"{own}.layernorm_after"),
-        rule(rf"{there}\.ls1", f"{own}.lambda_1"),
-        rule(rf"{there}\.ls2", f"{own}.lambda_2"),
-        rule(r"mlp1\.0", f"{projector}.layer_norm"),
-        rule(r"mlp1\.1", f"{projector}.linear_1"),
-        rule(r"mlp1\.3", f"{projector}.linear_2"),
+        *named(r"vision_model\.embeddings\.", f"{tower}embeddings.", EMBEDDINGS),
+        Rule(rf"{there}attn\.qkv", thirds(*(f"{own}attention.{part}_proj" for part in "qkv"))),
+        *named(there, own, LAYERS),
+        *named(r"mlp1\.", "model.multi_modal_projector.", PROJECTOR),
     )
     if config["llm_config"]["model_type"] == "internlm2":
         text = internlm2.rules(config["llm_config"], here="model.language_model", there=r"language_model\.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from onward.errors import InputError
 from onward.foreign.layouts.layout import DTYPE, Config, Converted, Layout, must_be, number, present
-from onward.foreign.layouts.rules import Rule, rule, thirds
+from onward.foreign.layouts.rules import Rule, named, thirds
 
 OLD = {
     "n_embd": "hidden_size", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers",
@@ -74,21 +74,23 @@ def _longest(config: Config, where: str) -> tuple[int, tuple[str, ...]]:
     return reach, (f"{said}: exact up to {reach} tokens, and in training at any length",)
 
 
+LAYERS = {
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.w1": "mlp.up_proj",
+    "mlp.w2": "mlp.gate_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
+
+
 def rules(config: Config, here: str = "model") -> tuple[Rule, ...]:
     """`here` is the decoder's name in our model. Packers of 4-bit weights add biases of zero to every layer."""
-    own, theirs = rf"{here}.layers.\1", r"transformer\.h\.(\d+)"
-    attention = f"{own}.self_attn"
+    own, theirs = rf"{here}.layers.\1.", r"transformer\.h\.(\d+)\."
+    whole = {"transformer.wte": f"{here}.embed_tokens", "transformer.ln_f": f"{here}.norm", "lm_head": "lm_head"}
     return (
-        rule(r"transformer\.wte", f"{here}.embed_tokens"),
-        rule(r"transformer\.ln_f", f"{here}.norm"),
-        rule(r"lm_head", "lm_head"),
-        Rule(rf"{theirs}\.attn\.c_attn", thirds(f"{attention}.q_proj", f"{attention}.k_proj", f"{attention}.v_proj")),
-        rule(rf"{theirs}\.attn\.c_proj", f"{attention}.o_proj", bias=False),
-        rule(rf"{theirs}\.mlp\.w1", f"{own}.mlp.up_proj", bias=False),
-        rule(rf"{theirs}\.mlp\.w2", f"{own}.mlp.gate_proj", bias=False),
-        rule(rf"{theirs}\.mlp\.c_proj", f"{own}.mlp.down_proj", bias=False),
-        rule(rf"{theirs}\.ln_1", f"{own}.input_layernorm"),
-        rule(rf"{theirs}\.ln_2", f"{own}.post_attention_layernorm"),
+        *named("", "", whole),
+        Rule(rf"{theirs}attn\.c_attn", thirds(*(f"{own}self_attn.{part}_proj" for part in "qkv"))),
+        *named(theirs, own, LAYERS, bias=False),
+        *named(theirs, own, {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}),
         Rule(r"transformer\.rotary_emb\.inv_freq|transformer\.h\.\d+\.attn\.(masked_bias|rotary_emb\.inv_freq)"),
         Rule(r"transformer\.h\.\d+\.attn|transformer\.logn_tensor"),  # `attn.bias`, the causal mask
     )

@@ -6,7 +6,7 @@ A layer's weight, bias and LoRA B have its outputs as rows, so one rule serves t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -59,9 +59,16 @@ class Rule:
     bias: bool = True
 
 
-def rule(pattern: str, *names: str, bias: bool = True) -> Rule:
+def rule(pattern: str, name: str) -> Rule:
     """A layer that is one here under another name."""
-    return Rule(pattern, tuple(Part(name) for name in names), bias)
+    return Rule(pattern, (Part(name),))
+
+
+def named(theirs: str, ours: str, names: Mapping[str, str], *, bias: bool = True) -> tuple[Rule, ...]:
+    """Layers that are called otherwise here: their names, as they are written, to ours. `theirs` is the pattern of what
+    stands before a name of theirs, `ours` the template of what stands before ours.
+    """
+    return tuple(Rule(theirs + re.escape(name), (Part(ours + own),), bias) for name, own in names.items())
 
 
 def thirds(*names: str) -> tuple[Part, ...]:

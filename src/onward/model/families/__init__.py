@@ -10,7 +10,7 @@ from typing import Any
 
 from onward.errors import InputError
 from onward.foreign.layouts import layout_of
-from onward.foreign.llava import is_llava_config
+from onward.foreign.llava import refuse_llava
 from onward.model.families.decoder import DECODER, OTHER
 from onward.model.families.family import WHOLES, Family
 from onward.model.families.first_qwen_vl import FIRST_QWEN_VL
@@ -32,12 +32,7 @@ def find_family(config: dict[str, Any], where: str) -> Family:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise InputError("has no model_type: is this a model directory?", where=where)
-    if is_llava_config(config):
-        raise InputError(
-            "is a LLaVA in a layout of its own, which is put together with its vision tower",
-            where=where,
-            hint=f"onward inspect {shlex.quote(where.removesuffix('/config.json'))} prints the command",
-        )
+    refuse_llava(config, where)
     for family in FAMILIES:
         if model_type in family.model_types:
             return family
