@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from onward.errors import DamageError, InputError
-from onward.files import read_json, write_json
-from onward.foreign.layouts.sidecars import added_token, stated_template
+from onward.files import read_json
+from onward.foreign.layouts.sidecars import added_token, stated_template, write_tokenizer
 
 FILE = "tokenizer.model"
 SPACE = "▁"
@@ -49,54 +49,30 @@ def convert_tokenizer(source: Path, out: Path) -> list[str]:
         scheme = "first" if prefix else "never"
         words = {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": scheme, "split": False}
         notes = ["a text that begins with a space gets no second one in front, as its own tokenizer would give it"]
-    write_json(
-        out / "tokenizer.json",
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": number, **token} for number, token in sorted(added.items())],
-            "normalizer": {
-                "type": "Sequence",
-                "normalizers": _normalizers(model.normalizer_spec, prefix=prefix and not words),
-            },
-            "pre_tokenizer": words,
-            "post_processor": _around(given, ids, source),
-            "decoder": {
-                "type": "Sequence",
-                "decoders": [
-                    {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-                    {"type": "ByteFallback"},
-                    {"type": "Fuse"},
-                    *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []),
-                ],
-            },
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": unknown,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": True,
-                "byte_fallback": bool(model.trainer_spec.byte_fallback),
-                "ignore_merges": False,
-                "vocab": {piece: number for number, piece in enumerate(pieces)},
-                "merges": _merges(model),
-            },
+    decoders: list[dict[str, Any]] = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    steps = {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": _normalizers(model.normalizer_spec, prefix=prefix and not words),
         },
-    )
+        "pre_tokenizer": words,
+        "post_processor": _around(given, ids, source),
+        "decoder": {"type": "Sequence", "decoders": [*decoders, *([strip] if prefix else [])]},
+    }
+    bpe = {
+        "unk_token": unknown,
+        "fuse_unk": True,
+        "byte_fallback": bool(model.trainer_spec.byte_fallback),
+        "vocab": {piece: number for number, piece in enumerate(pieces)},
+        "merges": _merges(model),
+    }
     config = {key: given[key] for key in KEPT if given.get(key) is not None}
-    if unknown:
-        config.setdefault("unk_token", unknown)
-    write_json(
-        out / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "added_tokens_decoder": {str(number): token for number, token in sorted(added.items())},
-            **config,
-            "clean_up_tokenization_spaces": False,
-        },
-    )
+    write_tokenizer(out, added, steps, bpe, {**({"unk_token": unknown} if unknown else {}), **config})
     template = stated_template(source, given) or (TEMPLATE if "<|im_start|>" in ids else None)
     if not template:
         return [*notes, "it has no chat template, and no tokens of InternLM2's own: put one into chat_template.jinja"]

@@ -33,6 +33,26 @@ def added_token(content: str, *, special: bool = True, given: Mapping[str, Any] 
     return {"content": content, **flags, "special": special}
 
 
+def write_tokenizer(
+    out: Path,
+    added: Mapping[int, Mapping[str, Any]],
+    steps: Mapping[str, Any],
+    model: Mapping[str, Any],
+    config: Mapping[str, Any],
+) -> None:
+    """tokenizer.json of a BPE `model` with the `steps` around it (normalizer, pre_tokenizer, post_processor, decoder),
+    and tokenizer_config.json. `added`: tokens that are found in a text before it is cut, by id.
+    """
+    plain = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": False}  # fmt: skip
+    whole = {"version": "1.0", "truncation": None, "padding": None, **steps, "model": {**plain, **model}}
+    listed = [{"id": number, **token} for number, token in added.items()]
+    write_json(out / "tokenizer.json", {**whole, "added_tokens": listed})
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    decoder = {str(number): token for number, token in added.items()}
+    write_json(out / "tokenizer_config.json", {**named, "added_tokens_decoder": decoder, **config})
+
+
 def token_ids(source: Path) -> dict[str, int]:
     """Ids of the tokens that a directory's tokenizer files add to its vocabulary, or name in it."""
     ids: dict[str, int] = {}

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from onward.errors import DamageError, InputError
-from onward.files import read_json, write_json
-from onward.foreign.layouts.sidecars import added_token
+from onward.files import read_json
+from onward.foreign.layouts.layout import present
+from onward.foreign.layouts.sidecars import added_token, write_tokenizer
 
 FILE = "qwen.tiktoken"
 PATTERN = (
@@ -44,50 +45,27 @@ def convert_tokenizer(
     names = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = _merges(ranks, names)
     ids = {token: len(ranks) + n for n, token in enumerate(special)}
-    write_json(
-        out / "tokenizer.json",
-        {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [{"id": number, **added_token(token)} for token, number in ids.items()],
-            "normalizer": {"type": "NFC"},
-            "pre_tokenizer": {
-                "type": "Sequence",
-                "pretokenizers": [
-                    {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
-                    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
-                ],
-            },
-            "post_processor": None,
-            "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False},
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": None,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": False,
-                "byte_fallback": False,
-                "ignore_merges": True,  # as tiktoken: a word that is a token is taken whole
-                "vocab": {names[token]: rank for token, rank in ranks.items()},
-                "merges": merges,
-            },
-        },
-    )
+    plain = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+    cut = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
+    steps = {
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [cut, plain]},
+        "post_processor": None,
+        "decoder": plain,
+    }
+    bpe = {
+        "ignore_merges": True,  # as tiktoken: a word that is a token is taken whole
+        "vocab": {names[token]: rank for token, rank in ranks.items()},
+        "merges": merges,
+    }
     given = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
-    write_json(
-        out / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "added_tokens_decoder": {str(number): added_token(token) for token, number in ids.items()},
-            "eos_token": "<|endoftext|>",
-            "pad_token": "<|endoftext|>",
-            "additional_special_tokens": list(special[1:]),
-            "clean_up_tokenization_spaces": False,
-            **({"model_max_length": given["model_max_length"]} if "model_max_length" in given else {}),
-        },
-    )
+    config = {
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "additional_special_tokens": list(special[1:]),
+        **present(given, "model_max_length"),
+    }
+    write_tokenizer(out, {number: added_token(token) for token, number in ids.items()}, steps, bpe, config)
     (out / "chat_template.jinja").write_text(chat_template)
     alone = {name for name in names.values() if len(name) > 1} - {a + b for a, b in merges}
     note = f"{len(alone)} tokens are made by no two others: tokenizer.json finds them, transformers' Qwen2Tokenizer not"
