@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +25,13 @@ from onward.checkpoint.tensorfile import (
 from onward.checkpoint.verify import problems_of
 from onward.errors import DamageError, InputError
 from onward.files import committed_directory, fsync, read_json, require_new, require_space
-from onward.weights.fold import Addition, Change, Drift, fold
-from onward.weights.lora import changes_of, open_adapter
-from onward.weights.quantised import Quantisation, from_json
+from onward.weights.changes import by_name_on_disk, changes_by_name, quantised_layers
+from onward.weights.fold import Change, Drift, fold
+from onward.weights.lora import open_adapter
+from onward.weights.quantised import Quantisation
 from onward.weights.shards import Shard, model_shards
 from onward.weights.sidecars import Vocabulary, added_tokens, copy_sidecars, sidecars
-from onward.weights.ties import ENDS, with_ties
+from onward.weights.ties import ENDS
 
 if TYPE_CHECKING:
     import torch
@@ -88,12 +88,12 @@ def merge(
     rows, with the head, if there is a `tokenizer` (a directory) for them.
     """
     shards = model_shards(base)
-    changes = _changes(adapters, full, to_canonical)
+    changes = changes_by_name(adapters, full, to_canonical)
     for layer, how in (quantised or {}).items():
         change = changes.get(f"{layer}.weight", Change())
         if change.additions or base_values != "original":
             changes[f"{layer}.weight"] = replace(change, quantised=how)
-    on_disk = _on_disk(base, shards, changes, to_canonical)
+    on_disk = by_name_on_disk(base, shards, changes, to_canonical)
     vocabulary = _vocabulary(base, shards, on_disk, tokenizer) if tokenizer else None
     if vocabulary:
         shards = [replace(shard, entries=_with_rows(shard.entries, vocabulary.rows)) for shard in shards]
@@ -207,7 +207,7 @@ def merge_adapters(
             hint="name the one to merge into with --base",
         )
     base = base or bases.pop()
-    quantised = _quantised(adapters)
+    quantised = quantised_layers(adapters)
     if base_values != "original" and not quantised:
         raise InputError(
             f"no {QUANTISATION} says how its base was quantised while it trained",
@@ -252,68 +252,3 @@ def _base_of(adapter: Adapter | None, adapter_dir: Path) -> Path:
         where=str(adapter_dir),
         hint=f"onward merge {adapter_dir} --base DIR --out DIR",
     )
-
-
-def _on_disk(
-    base: Path, shards: list[Shard], changes: Mapping[str, Change], to_canonical: Callable[[str], str]
-) -> dict[str, Change]:
-    """What becomes of each changed tensor, by its name on disk. InputError for what was trained and has no place."""
-    places: dict[str, tuple[Path, TensorEntry]] = {}
-    for shard in shards:
-        for entry in shard.entries.values():
-            canonical = to_canonical(entry.name)
-            if canonical in places:
-                raise InputError(f"{entry.name} and {places[canonical][1].name} are both {canonical}", where=str(base))
-            places[canonical] = (shard.path, entry)
-    changes = with_ties(base, places, changes)
-    for canonical in changes.keys() - places.keys():
-        raise InputError(
-            f"{canonical} was trained, but the base has no such tensor",
-            where=str(base),
-            hint="give the base that it was trained on",
-        )
-    return {places[canonical][1].name: change for canonical, change in changes.items()}
-
-
-def _quantised(adapters: Sequence[Adapter]) -> dict[str, Quantisation]:
-    """How layers of the base were kept while the adapters trained. InputError where two were trained on different
-    values of one layer.
-    """
-    quantised: dict[str, Quantisation] = {}
-    for adapter in adapters:
-        for layer, how in from_json(adapter.quantisation, QUANTISATION).items() if adapter.quantisation else ():
-            if quantised.setdefault(layer, how) != how:
-                raise InputError(f"was {how} while one adapter trained, {quantised[layer]} for another", where=layer)
-    return quantised
-
-
-def _changes(
-    adapters: Sequence[Adapter], full: Mapping[str, torch.Tensor], to_canonical: Callable[[str], str]
-) -> dict[str, Change]:
-    """All that was trained, by canonical name; an adapter may have its names from an older layout of the family.
-
-    Several adapters of one weight add up; a weight that one replaces no other may touch.
-    """
-    changes = {name: Change(value=partial(full.__getitem__, name)) for name in full}
-    for adapter in adapters:
-        read, trained = adapter.tensors.__getitem__, changes_of(adapter)
-        own: dict[str, Change] = {}
-        for name, lora in trained.added.items():
-            value = partial(read, lora.base) if lora.base else None
-            _put(own, to_canonical(name), Change(value, (Addition(lora, adapter.tensors),)))
-        for name, key in trained.replaced.items():
-            _put(own, to_canonical(name), Change(partial(read, key), apart=not trained.keeps_ties))
-        for name, change in own.items():
-            before = changes.get(name)
-            if before and before.value is None and change.value is None:
-                change = replace(before, additions=before.additions + change.additions)
-            elif before:
-                raise InputError("was trained twice, and at least once as a whole", where=name)
-            changes[name] = change
-    return changes
-
-
-def _put(changes: dict[str, Change], name: str, change: Change) -> None:
-    if name in changes:
-        raise InputError("was trained twice by one adapter: under two names", where=name)
-    changes[name] = change
