@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from onward.cli.output import show
-from onward.cli.parser import Commands, add_command, add_json
+from onward.cli.parser import Commands, add_accept, add_command, add_json
 
 
 def add_commands(commands: Commands) -> None:
@@ -28,13 +28,7 @@ def add_commands(commands: Commands) -> None:
         help="begin the stage anew at step 0 with a fresh optimizer, from the weights of the checkpoint, "
         "adapters folded in: then any train section fits",
     )
-    parser.add_argument(
-        "--accept",
-        metavar="KEY",
-        action="append",
-        default=[],
-        help="take on what differs besides: environment, content (of files), or a key of theirs; may be given again",
-    )
+    add_accept(parser, "take on what differs besides: environment, content (of files), or a key of theirs")
     add_json(parser)
 
     parser = add_command(

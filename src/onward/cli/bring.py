@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from onward.cli.output import show
-from onward.cli.parser import Commands, add_command, add_json
+from onward.cli.parser import Commands, add_accept, add_command, add_json
 from onward.errors import PlanError
 
 
@@ -26,13 +26,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--out", metavar="DIR", help="a model's or an adapter's new directory")
     parser.add_argument("--plan", metavar="PLAN", help="the plan whose first stage goes on from a training checkpoint")
     parser.add_argument("--run", metavar="DIR", help="with --plan: the new run's directory, which must not exist yet")
-    parser.add_argument(
-        "--accept",
-        metavar="KEY",
-        action="append",
-        default=[],
-        help="with --plan: take on what goes on otherwise than in the source; may be given again",
-    )
+    add_accept(parser, "with --plan: take on what goes on otherwise than in the source")
     parser.add_argument("--base", metavar="B", help="the model that an adapter was made for, original or converted")
     add_json(parser)
 

@@ -21,13 +21,8 @@ def add_commands(commands: Commands) -> None:
     add_plan(parser)
     parser.add_argument("--show", metavar="N", type=int, default=0, help="print N samples, their trained tokens marked")
     add_json(parser)
-    add_command(
-        commands,
-        "schema",
-        schema,
-        "print the plan's JSON Schema, for editors",
-        "onward schema > plan.schema.json",
-    )
+    about = "print the plan's JSON Schema, for editors"
+    add_json(add_command(commands, "schema", schema, about, "onward schema > plan.schema.json"))
 
 
 def check(arguments: argparse.Namespace) -> int:

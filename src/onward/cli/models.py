@@ -68,7 +68,7 @@ def merge(arguments: argparse.Namespace) -> int:
         to_canonical_for=lambda config: find_family(config, "the base's config.json").to_canonical,
         base_values=arguments.base_values,
     )
-    show(report, as_json=arguments.json)
+    show(report, as_json=arguments.json, out=arguments.out)
     return 0
 
 

@@ -16,12 +16,12 @@ class Report(Protocol):
     def to_json(self) -> dict[str, Any]: ...
 
 
-def show(report: Report, *, as_json: bool) -> None:
-    """Print a report on stdout."""
+def show(report: Report, *, as_json: bool, out: str | None = None) -> None:
+    """Print a report on stdout; `out`: where what it tells of lies, for people."""
     if as_json:
         print(json.dumps(report.to_json(), ensure_ascii=False))
     else:
-        print("\n".join(report.lines()))
+        print("\n".join([*report.lines(), *([f"written to {out}"] if out else [])]))
 
 
 def abandon(stream: TextIO) -> None:

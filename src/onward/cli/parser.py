@@ -40,6 +40,10 @@ def add_command(
     return parser
 
 
+def add_accept(parser: Parser, help: str) -> None:
+    parser.add_argument("--accept", metavar="KEY", action="append", default=[], help=f"{help}; may be given again")
+
+
 def add_json(parser: Parser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout; words for people on stderr")
 

@@ -69,7 +69,7 @@ def assemble(arguments: argparse.Namespace) -> int:
         settings={key: _value(text) for key, text in _pairs(arguments.set, "--set KEY=VALUE")},
         dtype=arguments.dtype,
     )
-    show(assemble_model(request, Path(arguments.out)), as_json=arguments.json)
+    show(assemble_model(request, Path(arguments.out)), as_json=arguments.json, out=arguments.out)
     return 0
 
 

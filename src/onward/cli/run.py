@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from onward.cli.parser import Commands, add_command, add_json, add_plan
+from onward.cli.parser import Commands, add_accept, add_command, add_json, add_plan
 
 
 def add_commands(commands: Commands) -> None:
@@ -19,13 +19,7 @@ def add_commands(commands: Commands) -> None:
     )
     add_plan(parser)
     parser.add_argument("--until", metavar="STAGE", help="stop when this stage is finished")
-    parser.add_argument(
-        "--accept",
-        metavar="KEY",
-        action="append",
-        default=[],
-        help="take on a change of this key (or of the environment) from this step on; may be given again",
-    )
+    add_accept(parser, "take on a change of this key (or of the environment) from this step on")
     add_json(parser)
 
 
