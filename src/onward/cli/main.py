@@ -12,8 +12,10 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from onward import __version__
+from onward.cache import cache_directory
 from onward.cli import branch, bring, chat, check, look, models, parts, prove, run
 from onward.cli.output import abandon
 from onward.cli.parser import Parser
@@ -58,9 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:  # a directory that may not be written, a full disk
         where = str(error.filename) if error.filename else None
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        hint = "free some space, then run the same command again: what was committed is whole" if is_full else None
-        return _report(OnwardError(error.strerror or str(error), where=where, hint=hint), as_json="--json" in words)
+        return _report(
+            OnwardError(error.strerror or str(error), where=where, hint=_way_out(error)), as_json="--json" in words
+        )
+
+
+def _way_out(error: OSError) -> str | None:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space, then run the same command again: what was committed is whole"
+    if error.filename and Path(str(error.filename)).absolute().is_relative_to(cache_directory().absolute()):
+        return "what was made of a model's parts or tokens lies there: ONWARD_CACHE names another directory"
+    return None
 
 
 def _command(words: list[str]) -> int:
