@@ -102,8 +102,8 @@ def _row(tool: str, form: str, sample: str) -> str:
     command = (found.next_command or "none").replace(str(path), path.name)
     holds = "yes" if "optimizer" in found.facts else "no"
     exactly = "yes" if found.continues_exactly else "no"
-    note = command.partition(" (")
-    shown = f"`{note[0]}`" + (f" ({note[2]}" if note[1] else "")
+    typed, _, note = command.partition("  # ")
+    shown = f"`{typed}`" + (f" ({note})" if note else "")
     if "the plan's train" in found.facts:
         shown += " with the `model` and `train` that `inspect` prints"
     return f"| {tool} | {form} | {found.kind} | {holds} | {exactly} | {shown} |"

@@ -11,6 +11,7 @@ import hostile
 import pytest
 from samples import SAMPLES, needs_samples
 
+from onward.foreign.known import open_training
 from onward.runs.inspect import inspect
 
 KNOWN = {  # sample → kind, tool, step, can go on with its optimizer
@@ -201,3 +202,16 @@ def test_a_pickled_file_of_fifty_gigabytes(tmp_path):
     found = inspect(path)
     assert found.facts["parameters"] == f"{count:,}" and not found.problems
     assert time.process_time() - start < 2
+
+
+def test_what_torch_s_converter_leaves_starts_a_stage(tmp_path):
+    """A file of DCP's, as dcp_to_torch makes it: weights under `model`, the optimizer's state beside them."""
+    import torch
+
+    weights = {"model.embed_tokens.weight": torch.zeros(4, 2), "lm_head.weight": torch.ones(4, 2)}
+    torch.save({"model": weights, "optim": {"state": {}}}, tmp_path / "all of it.pt")
+    found = inspect(tmp_path / "all of it.pt")
+    assert found.facts["parameters"] == "16"
+    command = f"onward import '{tmp_path}/all of it.pt' --plan PLAN --run RUN"
+    assert found.next_command == f"{command}  # starts a new stage from weights"
+    assert set(open_training(tmp_path / "all of it.pt").weights) == set(weights)

@@ -19,7 +19,7 @@ from onward.runs.inspect import inspect
 
 
 def run_what_is_printed(command: str, out: Path) -> int:
-    words = shlex.split(command.replace("--out DIR", f"--out {out}"))
+    words = shlex.split(command.replace("--out DIR", f"--out {out}"), comments=True)
     assert words[0] == "onward"
     return main(words[1:])
 
@@ -63,7 +63,7 @@ def test_weights_alone_are_taken_by_the_printed_command(tmp_path):
         torch.save(value, tmp_path / "weights.pth")
         found = inspect(tmp_path / "weights.pth")
         assert found.next_command is not None
-        command = found.next_command.partition(" (")[0].replace("=LLM", f"={tmp_path / 'llm'}")
+        command = found.next_command.partition("  #")[0].replace("=LLM", f"={tmp_path / 'llm'}")
         whole = tmp_path / f"whole-{len(value)}"
         assert run_what_is_printed(command.replace("=CLIP", f"={tmp_path / 'clip'}"), whole) == 0
     assert inspect(out.parent / "llm").kind == "model"
@@ -94,7 +94,7 @@ def test_xtuner_s_weights_over_the_bases_that_its_configuration_names(tmp_path, 
         value = open_pickle(SAMPLES / sample)
         command = str(weights_command(SAMPLES / sample, value["state_dict"], value["meta"]["cfg"]))
         assert run_what_is_printed(command, tmp_path / f"out-{number}") == 0
-    command = str(inspect(SAMPLES / "xtuner-llava-pth/plain_state_dict.pth").next_command).partition(" (")[0]
+    command = str(inspect(SAMPLES / "xtuner-llava-pth/plain_state_dict.pth").next_command).partition("  #")[0]
     command = command.replace("=LLM", "=bases/xtuner-internlm2").replace("=CLIP", "=bases/xtuner-clip")
     assert "language_model.lora_alpha=ALPHA" in command
     assert run_what_is_printed(command.replace("ALPHA", "16"), tmp_path / "plain") == 0

@@ -207,3 +207,15 @@ def test_another_optimizer_of_the_plan_is_refused(place, tmp_path):
     source = place / f"trainer/checkpoint-{SAVED}"
     message = refusal(place, source, tmp_path / "run", f"{STAGE}optimizer.name=adamw_8bit")
     assert "trained with adamw" in message and "name: adamw" in message
+
+
+def test_the_schedule_alone_may_be_missing(place, tmp_path):
+    """The optimizer goes on then; how its learning rate does must be accepted."""
+    source = changed(place, tmp_path / "checkpoint-6")
+    (source / "scheduler.pt").unlink()
+    found = inspect(source)
+    assert not found.continues_exactly and "schedule" in found.missing[0] and "from weights" not in found.next_command
+    assert "schedule: not told by the source" in refusal(place, source, tmp_path / "run")
+    accept = ["data_order", "schedule"]
+    report = import_training(source, place / "plan.yaml", tmp_path / "run", [], accept=accept, note=lambda _: None)
+    assert report.step == SAVED and not report.weights_only

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from onward.errors import OnwardError
 from onward.foreign.description import Description
 from onward.foreign.pickle_values import Stub
 from onward.foreign.pickles import open_pickle
+
+TO_TORCH = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
 
 
 def recognise(path: Path) -> Description | None:
@@ -47,7 +50,7 @@ def recognise(path: Path) -> Description | None:
         missing=("a reader of its optimizer's state, the schedule, a position in the data",),
         problems=tuple(problems),
         likely_cause="a rank's files were not copied" if missing else None,
-        next_command=f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path} all.pt; inspect all.pt",
+        next_command=f"{TO_TORCH} {shlex.quote(str(path))} all.pt && onward inspect all.pt",
     )
 
 

@@ -23,7 +23,7 @@ from onward.foreign.python_config import parse_config
 from onward.foreign.schedules import mmengine_rates
 from onward.foreign.stored import Lazy
 from onward.foreign.torch_optimizer import as_number, as_rate, group_settings, peak_of, read_optimizer
-from onward.foreign.training import MOMENTS, ForeignTraining, Joined, Slots
+from onward.foreign.training import MOMENTS, ForeignTraining, Joined, Slots, import_command
 from onward.foreign.zero import module_weights, shapes_of, tensors_of
 from onward.foreign.zero_files import ZeroFiles, find, open_zero, settings_of
 
@@ -63,10 +63,8 @@ def recognise(path: Path) -> Description | None:
         cause = "exclude the optimizer when saving, or only the model's file was copied here"
     if any("incomplete" in problem for problem in problems):
         cause = "each rank writes files of its own: those of other machines were not copied"
-    next_command = f"onward import {path} --plan PLAN --run RUN"
-    if missing:
-        cfg = files.model["meta"].get("cfg") if is_xtuner else None
-        next_command = f"{weights_command(path, tensors, cfg) or next_command} (starts a new stage from weights)"
+    assembled = weights_command(path, tensors, files.model["meta"].get("cfg") if is_xtuner else None)
+    next_command = assembled if missing and assembled else import_command(path, training)
     return Description(
         str(path),
         "training checkpoint, universal" if is_universal else "training checkpoint, sharded",

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+FROM_WEIGHTS = "starts a new stage from weights"
+
+
+def command(*words: object, note: str = "") -> str:
+    """`onward …` as a shell takes it. Names in capitals are the user's to fill in; `note` is a comment behind."""
+    return f"onward {shlex.join(map(str, words))}" + (f"  # {note}" if note else "")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from onward.files import read_json
 from onward.foreign import llava
 from onward.foreign.contents import weights_facts
-from onward.foreign.description import Description
+from onward.foreign.description import Description, command
 from onward.foreign.pieces import GPTQ
 from onward.foreign.stored import stored_in
 
@@ -64,7 +64,7 @@ def recognise(path: Path) -> Description | None:
 
 def _next(path: Path, kind: object, *, is_pickled: bool) -> str:
     if kind in TOWERS:
-        return f"onward assemble language_model=LLM vision_tower={path} projector=PROJECTOR --out DIR"
+        return command("assemble", "language_model=LLM", f"vision_tower={path}", "projector=PROJECTOR", "--out", "DIR")
     if is_pickled:  # onward trains from safetensors
-        return f"onward import {path} --out DIR"
+        return command("import", path, "--out", "DIR")
     return f"write `model: {path}` into a plan, then onward check PLAN"

@@ -5,11 +5,11 @@ stage, and its model directories, in which the projector lies among the language
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from onward.errors import InputError
+from onward.foreign.description import command
 
 VISION = r"(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?"
 PROJECTOR = r"(?:model\.)?mm_projector\."
@@ -69,7 +69,7 @@ def assemble_command(directory: str, config: Mapping[str, Any], names: Iterable[
     parts = [f"language_model={directory}", f"vision_tower={config.get('mm_vision_tower') or 'CLIP'}"]
     parts += [f"projector={directory}", *(("--family", "llava_next") if ("projector", NEWLINE) in own else ())]
     trained = ["--adapter", f"vision_tower={directory}"] if any(module == "vision_tower" for module, _ in own) else []
-    return f"onward assemble {shlex.join([*parts, *trained])} --out DIR"
+    return command("assemble", *parts, *trained, "--out", "DIR")
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from onward.foreign.python_config import find_all, parse_config
 from onward.foreign.schedules import mmengine_rates
 from onward.foreign.stored import Lazy
 from onward.foreign.torch_optimizer import fits, read_optimizer, scale_of
-from onward.foreign.training import ForeignTraining, Slots
+from onward.foreign.training import ForeignTraining, Slots, import_command
 from onward.foreign.xtuner import Settings
 
 
@@ -84,10 +84,8 @@ def describe(path: Path, value: Mapping[str, Any]) -> Description | None:
     if is_pretraining:
         facts["what it is for"] = "a projector alone: the first stage of a LLaVA, which a second stage starts from"
     is_xtuner = "xtuner" in str(meta.get("cfg", "")).lower()
-    next_command = f"onward import {path} --plan PLAN --run RUN"
-    if missing:
-        command = weights_command(path, tensors, meta.get("cfg")) or next_command
-        next_command = f"{command} (starts a new stage from weights)"
+    is_weights = not (training and training.has_optimizer)
+    assembled = weights_command(path, tensors, meta.get("cfg")) if is_weights else None
     return Description(
         str(path),
         "training checkpoint, one file",
@@ -96,7 +94,7 @@ def describe(path: Path, value: Mapping[str, Any]) -> Description | None:
         continues_exactly=not missing,
         missing=tuple(missing),
         likely_cause=cause,
-        next_command=next_command,
+        next_command=assembled or import_command(path, training),
     )
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from onward.files import read_json
 from onward.foreign import xtuner
 from onward.foreign.contents import is_adapter, weights_facts
-from onward.foreign.description import Description
+from onward.foreign.description import FROM_WEIGHTS, Description, command
 from onward.foreign.python_config import parse_config
 from onward.foreign.stored import stored_in
 from onward.weights.shards import PARTS
@@ -48,7 +47,7 @@ def _of_onward(path: Path) -> Description:
         "onward",
         {"modules": modules},
         missing=WEIGHTS,
-        next_command=f"onward assemble --base {shlex.quote(str(path))} --out DIR",
+        next_command=command("assemble", "--base", path, "--out", "DIR"),
     )
 
 
@@ -110,13 +109,15 @@ def _too_deep(config: dict[str, Any]) -> tuple[str, ...]:
     return () if depth == 2 else (f"depth {depth}: {reason}",)
 
 
-def _command(modules: dict[str, Path | str], adapters: dict[str, Path], projector: Path, told: str = "") -> str:
+def _command(
+    modules: dict[str, Path | str], adapters: dict[str, Path], projector: Path, told: Sequence[str] = (), note: str = ""
+) -> str:
     """The `onward assemble` that takes these; what stands nowhere is in capitals."""
     stands_for = {"language_model": "LLM", "vision_tower": "CLIP"}
     words = [f"{module}={modules.get(module, name)}" for module, name in stands_for.items()]
     words.append(f"projector={projector}")
     words += [word for module, path in adapters.items() for word in ("--adapter", f"{module}={path}")]
-    return f"onward assemble {shlex.join(words)}{told} --out DIR"
+    return command("assemble", *words, *told, "--out", "DIR", note=note)
 
 
 def weights_command(path: Path, names: Iterable[str], text: Any = None) -> str | None:
@@ -133,11 +134,11 @@ def weights_command(path: Path, names: Iterable[str], text: Any = None) -> str |
     adapters = dict.fromkeys(sorted(trained - {PROJECTOR}), path)
     scaled = {xtuner.own_name(name, found[1])[0] for name in names if is_adapter(name)}
     unsaid = [m for m in sorted(scaled) if "lora_alpha" not in (settings.lora(m) or {})]
-    told = "".join(f" --set {module}.lora_alpha=ALPHA" for module in unsaid)
+    told = [word for module in unsaid for word in ("--set", f"{module}.lora_alpha=ALPHA")]
     if found[0] == "llava" and PROJECTOR in trained:
         bases: dict[str, Path | str] = {m: base for m in WHOLES.values() if (base := settings.base(m))}
-        return _command(bases, adapters, path, told)
+        return _command(bases, adapters, path, told, FROM_WEIGHTS)
     words = ["--base", settings.base("language_model") or "BASE"]
     words += [f"{PROJECTOR}={path}"] if PROJECTOR in trained else []
     words += [word for module in adapters for word in ("--adapter", f"{module}={path}")]
-    return f"onward assemble {shlex.join(words)}{told} --out DIR"
+    return command("assemble", *words, *told, "--out", "DIR", note=FROM_WEIGHTS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from onward.files import read_json
 from onward.foreign.contents import weights_facts
-from onward.foreign.description import Description
+from onward.foreign.description import Description, command
 from onward.foreign.layouts import is_foreign
 from onward.foreign.stored import stored_in
 
@@ -26,6 +26,7 @@ def recognise(path: Path) -> Description | None:
         problems.append("its weights (adapter_model.safetensors or .bin) are missing: a configuration alone")
     foreign = any(map(is_foreign, entries))
     base = str(config.get("base_model_name_or_path") or "")
+    known = () if base and Path(base).is_dir() else ("--base", "BASE")
     facts = {
         "method": str(config.get("peft_type", "not stated")),
         "base model": base or "not stated",
@@ -40,8 +41,5 @@ def recognise(path: Path) -> Description | None:
         facts,
         missing=("an optimizer, a schedule and a position in the data: an adapter alone is weights",),
         problems=tuple(problems),
-        next_command=None
-        if problems
-        else f"onward {'import' if foreign else 'merge'} {path}"
-        f"{'' if base and Path(base).is_dir() else ' --base BASE'} --out DIR",
+        next_command=None if problems else command("import" if foreign else "merge", path, *known, "--out", "DIR"),
     )

@@ -54,7 +54,17 @@ def open_pickle(path: Path) -> Any:
 
 def read_state_dict(path: Path) -> dict[str, LazyTensor]:
     """A file that holds tensors by name and nothing else, as `pytorch_model.bin` and `adapter_model.bin` do."""
-    return state_dict_of(open_pickle(path), str(path))
+    return state_dict_of(unwrapped(open_pickle(path)), str(path))
+
+
+def unwrapped(value: Any) -> Any:
+    """The tensors that a loop, or torch's own converter, put under `model` or `state_dict` beside other things."""
+    if isinstance(value, dict) and not any(isinstance(one, LazyTensor) for one in value.values()):
+        for key in ("model", "state_dict"):
+            inner = value.get(key)
+            if isinstance(inner, dict) and inner and all(isinstance(one, LazyTensor) for one in inner.values()):
+                return inner
+    return value
 
 
 def state_dict_of(value: Any, where: str) -> dict[str, LazyTensor]:

@@ -9,12 +9,13 @@ from typing import Any
 from onward.errors import OnwardError
 from onward.foreign import mmengine
 from onward.foreign.contents import is_adapter, part_of, weights_facts
-from onward.foreign.description import Description
+from onward.foreign.description import Description, command
 from onward.foreign.parts import weights_command
 from onward.foreign.pickle_tensors import LazyTensor
 from onward.foreign.pickle_values import Stub
-from onward.foreign.pickles import is_pickle, open_pickle
+from onward.foreign.pickles import is_pickle, open_pickle, unwrapped
 from onward.foreign.stored import Lazy, open_file
+from onward.foreign.training import import_command
 from onward.weights.pieces import Piece
 
 WEIGHTS_ALONE = ("an optimizer, a schedule and a position in the data: these are weights alone",)
@@ -35,9 +36,10 @@ def recognise(path: Path) -> Description | None:
         if found := mmengine.describe(path, value):
             return found
         kinds = LazyTensor, Piece
-        tensors = {name: one for name, one in value.items() if isinstance(name, str) and isinstance(one, kinds)}
+        held = unwrapped(value)
+        tensors = {name: one for name, one in held.items() if isinstance(name, str) and isinstance(one, kinds)}
         if tensors:
-            return _tensors(path, tensors, others=len(value) - len(tensors))
+            return _tensors(path, tensors, others=len(held) - len(tensors) + (len(value) if held is not value else 0))
         if isinstance(value.get("param_groups"), list):
             return _piece(path, "an optimizer's state alone: it belongs to a checkpoint's directory")
         if isinstance(value.get("module"), dict):
@@ -48,25 +50,25 @@ def recognise(path: Path) -> Description | None:
 
 def _tensors(path: Path, tensors: Mapping[str, Lazy], others: int) -> Description:
     parts = {part_of(name) for name in tensors}
-    kind, tool, next_command, cause = "tensors", "a state dict of torch", f"onward inspect {path.parent}", None
+    kind, tool, cause = "tensors", "a state dict of torch", None
+    is_part = any((path.parent / name).is_file() for name in ("config.json", "adapter_config.json"))
+    next_command = command("inspect", path.parent) if is_part else import_command(path, None)
+    parts_of = ("assemble", "language_model=LLM", "vision_tower=CLIP", f"projector={path}")
     if path.suffix == ".safetensors":
         tool = "safetensors"
     if parts == {"projector"}:
         kind, cause = "projector", "the first stage of a LLaVA trains and saves the projector alone"
         tool = "LLaVA" if any("mm_projector" in name for name in tensors) else tool
-        next_command = f"onward assemble language_model=LLM vision_tower=CLIP projector={path} --out DIR"
+        next_command = command(*parts_of, "--out", "DIR")
     elif path.name == "non_lora_trainables.bin":
         kind, tool = "modules trained in full beside adapters", "LLaVA"
-        next_command = (
-            f"onward assemble language_model=LLM vision_tower=CLIP projector={path} "
-            f"--adapter language_model={path.parent} --out DIR"
-        )
+        next_command = command(*parts_of, "--adapter", f"language_model={path.parent}", "--out", "DIR")
     elif any(name.startswith(("llm.", "visual_encoder.", "projector.")) for name in tensors):
         kind, tool = "weights of a LLaVA, what was trained of it", "XTuner (plain state dict)"
-        next_command = f"{weights_command(path, tensors) or next_command} (starts a new stage from weights)"
+        next_command = weights_command(path, tensors) or next_command
         cause = "save_optimizer=False, or the state dict was saved alone"
     elif any(is_adapter(name) for name in tensors):
-        kind = "an adapter's tensors"
+        kind, next_command = "an adapter's tensors", command("inspect", path.parent)
     facts = weights_facts(tensors)
     if others:
         facts["besides"] = f"{others} values that are no tensors"
@@ -77,7 +79,7 @@ def _tensors(path: Path, tensors: Mapping[str, Lazy], others: int) -> Descriptio
 
 def _piece(path: Path, what: str) -> Description:
     return Description(
-        str(path), "file", "torch", {"holds": what}, missing=("weights",), next_command=f"onward inspect {path.parent}"
+        str(path), "file", "torch", {"holds": what}, missing=("weights",), next_command=command("inspect", path.parent)
     )
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 from onward.errors import OnwardError
 from onward.foreign.contents import weights_facts
-from onward.foreign.description import Description
+from onward.foreign.description import Description, command
 from onward.foreign.layouts.plan_lines import plan_facts
 from onward.foreign.trainer_files import FSDP, STATE, TrainerFiles, open_trainer
 from onward.foreign.trainer_training import training_of
+from onward.foreign.training import import_command
 
 
 def recognise(path: Path) -> Description | None:
@@ -28,17 +29,15 @@ def recognise(path: Path) -> Description | None:
     facts |= weights_facts(files.weights.tensors)
     facts |= _training(files)
     missing, cause = _missing(files)
-    if not (files.problems or missing):
-        try:
-            if reason := training_of(files).lacks:
-                missing.append(reason)
-        except OnwardError as error:
-            missing.append(str(error))
+    training = None
+    try:
+        training = None if files.problems else training_of(files)
+        if training and training.lacks and not missing:
+            missing.append(training.lacks)
+    except OnwardError as error:
+        missing.append(str(error))
     weights_there = bool(files.weights.tensors) or files.deepspeed is not None
-    next_command = f"onward import {path} --plan PLAN --run RUN" if weights_there and not files.problems else None
     facts |= plan_facts(files.weights.tensors, files.adapter, str(files.adapter.get("base_model_name_or_path") or ""))
-    if next_command and missing:
-        next_command += " (starts a new stage from weights)"
     return Description(
         str(path),
         f"training checkpoint, {'PEFT adapter' if files.adapter else 'full model'}",
@@ -48,7 +47,7 @@ def recognise(path: Path) -> Description | None:
         missing=tuple(missing),
         likely_cause=cause,
         problems=tuple(files.problems),
-        next_command=next_command,
+        next_command=import_command(path, training) if weights_there and not files.problems else None,
     )
 
 
@@ -119,5 +118,5 @@ def _collection(path: Path) -> Description | None:
         "Hugging Face Trainer",
         facts,
         missing=("one checkpoint: name it",),
-        next_command=f"onward inspect {newest}",
+        next_command=command("inspect", newest),
     )

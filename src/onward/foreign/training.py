@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onward.foreign.description import FROM_WEIGHTS, command
 from onward.foreign.stored import Lazy
 
 if TYPE_CHECKING:
@@ -71,6 +73,14 @@ class ForeignTraining:
     def lacks(self) -> str | None:
         """What of the optimizer is missing; None where nothing is."""
         return None if self.has_optimizer else self.unread or "the optimizer's state"
+
+
+def import_command(path: Path, training: ForeignTraining | None) -> str:
+    """What brings a checkpoint into a run; None for a training that could not be opened."""
+    missing = training is None or not training.has_optimizer
+    accepted = ("--accept", "optimizer") if training and missing and training.unread else ()
+    words = ("import", path, "--plan", "PLAN", "--run", "RUN", *accepted)
+    return command(*words, note=FROM_WEIGHTS if missing else "")
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,8 @@ def _learning(
     pairs += [(rate * scale, horizon.rates([first], step)[first.name]) for step, rate in later.items()]
     if far := [pair for pair in pairs if not _close(*pair)]:
         yield Declared(key="schedule", before=f"{kind}, {far[0][0]:g}", after=f"{schedule}, {far[0][1]:g}")
+    elif not training.learning_rates:
+        yield Declared(key="schedule", before="not told by the source", after=schedule)
     elif kind not in get_args(Schedule.model_fields["name"].annotation):
         yield Declared(key="schedule", before=kind, after=schedule)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from onward.checkpoint.manifest import MANIFEST, read_manifest
 from onward.errors import OnwardError, PlanError
 from onward.files import read_lines
-from onward.foreign.description import Description, count_dtypes
+from onward.foreign.description import Description, command, count_dtypes
 from onward.foreign.known import describe
 from onward.runs.begin import command_of
 from onward.runs.directory import RunDirectory
@@ -35,12 +35,12 @@ def inspect(path: Path) -> Description:
 def _unknown(path: Path) -> Description:
     """Nothing that onward knows; a directory may hold something that it does, one level down."""
     if path.is_file():
-        holds, command = {"holds": f"{path.stat().st_size:,} bytes"}, None
+        holds, question = {"holds": f"{path.stat().st_size:,} bytes"}, None
         if path.suffix in (".yaml", ".yml"):
-            command = f"is it a plan? onward check {shlex.quote(str(path))}"
+            question = f"is it a plan? onward check {shlex.quote(str(path))}"
         elif path.suffix in (".jsonl", ".json", ".parquet"):
-            command = "is it data? a stage of a plan names it: data: " + str(path)
-        return Description(str(path), "not recognised", "no checkpoint", holds, missing=NOTHING, next_command=command)
+            question = "is it data? a stage of a plan names it: data: " + str(path)
+        return Description(str(path), "not recognised", "no checkpoint", holds, missing=NOTHING, next_command=question)
     inside = sorted(path.iterdir())
     known = {item: found for item in inside[:50] if (found := _known(item)) and found.missing != NOTHING}
     facts = {"holds": [f"{item.name} ({found.kind})" for item, found in known.items()]}
@@ -53,7 +53,7 @@ def _unknown(path: Path) -> Description:
         "no checkpoint itself" if known else "nothing that onward knows",
         facts,
         missing=NOTHING,
-        next_command=f"onward inspect {first}" if first else None,
+        next_command=command("inspect", first) if first else None,
     )
 
 
@@ -87,7 +87,7 @@ def _own(path: Path) -> Description:
             "onward",
             problems=(str(error),),
             missing=("a manifest that verifies",),
-            next_command=f"the run goes on from the newest checkpoint that verifies: {_run_command(path)}",
+            next_command=f"{_run_command(path)}  # goes on from the newest checkpoint that verifies",
         )
     facts = {
         "run id": manifest.run_id,
@@ -100,11 +100,13 @@ def _own(path: Path) -> Description:
     if manifest.kind == "output":
         is_adapter = (path / "adapter_config.json").exists()
         kind = "output (adapters)" if is_adapter else "output (merged model)"
-        next_command = f"onward merge {path} --out DIR" if is_adapter else f"onward evaluate {path} --data FILE"
+        words: tuple[object, ...] = (
+            ("merge", path, "--out", "DIR") if is_adapter else ("evaluate", path, "--data", "FILE")
+        )
         if (path / PARTS).exists():
-            kind, next_command = "output (a model in parts)", f"onward assemble --base {path} --out DIR"
+            kind, words = "output (a model in parts)", ("assemble", "--base", path, "--out", "DIR")
         missing = ("an optimizer: an output is what a stage hands on; its run's checkpoints continue",)
-        return Description(str(path), kind, "onward", facts, missing=missing, next_command=next_command)
+        return Description(str(path), kind, "onward", facts, missing=missing, next_command=command(*words))
     weights = [tensor.dtype for tensor in manifest.tensors if tensor.slot in ("weight", "adapter")]
     state = [tensor.dtype for tensor in manifest.tensors if tensor.slot not in ("weight", "adapter")]
     facts |= {"trained": count_dtypes(weights), f"optimizer ({manifest.optimizer})": count_dtypes(state)}
@@ -114,7 +116,7 @@ def _own(path: Path) -> Description:
         "onward",
         facts,
         continues_exactly=True,
-        next_command=f"onward verify {shlex.quote(str(path))}; its run goes on with: {_run_command(path)}",
+        next_command=command("verify", path, note=f"its run goes on with: {_run_command(path)}"),
     )
 
 
