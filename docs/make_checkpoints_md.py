@@ -50,12 +50,14 @@ run whose first stage has a checkpoint at the source's step; from there it is a 
 
 | what | goes on |
 |---|---|
-| weights that train | bit for bit; from a ZeRO directory the fp32 masters, not the rounded copies |
-| optimizer (AdamW) | both moments and the step count, by parameter name. Tools that number parameters (Trainer, mmengine) are read in the order of the model, and every shape must fit; otherwise it is refused |
-| schedule | the learning rates of the next steps are printed beside the source's; where they differ, `--accept schedule` |
+| weights that train | bit for bit; from a ZeRO directory the fp32 masters, not the rounded copies; where mmengine's EMAHook saved an average in their place, those that train (`--accept ema`) |
+| optimizer | AdamW, also in 8 bits, Adafactor, Lion, SGD: all that it remembers, by parameter name. Tools that number parameters (Trainer, mmengine) are read in the order of the model, LoRA+ groups included, and every shape must fit; otherwise it is refused. Of another optimizer (amsgrad, Adam with weight decay, …) the reason is told, and `--accept optimizer` starts a stage from the weights |
+| schedule | the learning rates of the next steps are printed beside the source's, and a few later ones compared too; where they differ, where the plan has no such schedule, or where the source does not say: `--accept schedule` |
+| steps | those in which the weights moved: DeepSpeed and Trainer count steps that overflowed under fp16 as well, `--accept steps`. The loss scale goes on |
+| precision | compared; weights or moments that the source keeps in bf16 or fp16 are kept in fp32 here: `--accept precision` |
 | frozen weights | not taken over: those of the plan's model must be the same, bit for bit, where the source holds them |
-| learning rate, weight decay, betas, eps, clipping, batch size, adapters' dropout | compared with what the source states; each difference is named and wants its `--accept` |
-| loss of a step | onward's is the mean over the step's target tokens. Trainer before 4.46, XTuner and DeepSpeed average micro-batches or ranks: where that differs, `--accept loss` |
+| learning rate and weight decay (of each parameter, where groups differ), betas, eps, momentum, clipping, batch size, adapters' dropout | compared with what the source states; each difference is named and wants its `--accept` |
+| loss of a step | onward's is the mean over the step's target tokens. Trainer before 4.46, XTuner and DeepSpeed average micro-batches or ranks; Trainer may smooth labels or add noise: where that differs, `--accept loss` |
 | vocabulary | XTuner's LLaVA has no token for images, a model that is put together here has one: adapters on the head get a row for it, the mean of the others, its moments too: `--accept vocabulary` |
 | place in the data | the step's place in onward's own order of the plan's data: `--accept data_order`, always, since no tool's order is onward's |
 | random state | no: dropout draws from the seed, stage and step |
@@ -75,12 +77,13 @@ A plan without `shared_a` is refused with the line that is missing. A base that 
 mean is taken over a layer.
 
 Held by tests, fp32, dropout 0, the same batches: ten steps further the weights are those of the tool itself within 1e-6. Trainer 5 (full, part of a model, LoRA with
-`modules_to_save`; safetensors, `.bin`, shards), DeepSpeed ZeRO 1, 2 and 3 of one and two ranks, DeepSpeed inside Trainer, and files as XTuner lays them out, whose other side is torch's AdamW. Of fused layers Trainer 5 with PEFT on models that have
+`modules_to_save`, rsLoRA, DoRA, LoRA+, patterns of ranks; each optimizer and schedule of above; safetensors, `.bin`, shards), DeepSpeed ZeRO 1, 2 and 3 of one and two ranks, DeepSpeed inside Trainer, and files as XTuner lays them out, whose other side is torch's AdamW. Of fused layers Trainer 5 with PEFT on models that have
 Qwen's and InternLM2's own layers (adapters with whole embeddings and head, ranks and alphas by layer, full training), and Trainer 4.40 with Qwen's and Qwen-VL's own code: two steps after its checkpoint, its weights and gradient norms.
 
 A source without an optimizer's state starts a new stage *from weights*: its adapters and whole tensors are folded into the plan's model, and the stage begins at step 0.
 
-Refused, with the reason: another optimizer than AdamW; tensor-parallel DeepSpeed; a shard set that is not whole; a projector of another depth than 2; FSDP's and DCP's sharded optimizer states (DCP is told, with torch's own command that makes one file of it).
+DeepSpeed's directories: ZeRO 1, 2 and 3 of any number of ranks, with frozen parameters, several groups, round-robin or elastic; without ZeRO in fp32; universal ones. Refused, with the reason: tensor- or pipeline-parallel
+DeepSpeed and its experts; without ZeRO in 16 bits, where the masters have no names; a shard set that is not whole; a projector of another depth than 2; FSDP's and DCP's sharded optimizer states (DCP is told, with torch's own command that makes one file of it).
 
 ## What `inspect` says of real ones
 

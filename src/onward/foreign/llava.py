@@ -57,7 +57,7 @@ def refuse_llava(config: Any, where: str) -> None:
         raise InputError(
             "is a LLaVA in a layout of its own, which is put together with its vision tower",
             where=where,
-            hint=f"onward inspect {shlex.quote(where.removesuffix('/config.json'))} prints the command",
+            hint=f"{command('inspect', where.removesuffix('/config.json'))} prints the command",
         )
 
 
