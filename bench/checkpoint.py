@@ -6,7 +6,8 @@ Two states: a LoRA's (12 MiB) and a full one (1.75 GB: 146M parameters in fp32, 
 process, each save into a fresh directory on the same disk, deleted afterwards and the disk left idle before the next.
 
 stall: how long the caller waits. durable: until every byte is fsynced and the checkpoint committed. "one file" is the
-disk's limit: the same bytes from memory into one file, fsynced. "a copy" is what no asynchronous save can do without.
+disk's limit: the same bytes from memory into one file, fsynced. "one file, committed": that, then its directory
+fsynced, renamed, and what it lies in fsynced: no commit can do without, as no asynchronous save without "a copy".
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from onward.checkpoint.read import newest_verified
 from onward.checkpoint.save import Snapshot, save_checkpoint
 from onward.checkpoint.tensorfile import tensor_bytes
 from onward.checkpoint.verify import verify_directory
+from onward.files import fsync
 
 LORA_PARAMETERS = 1 << 20
 LAYER = 1 << 20  # elements of one tensor, at most
@@ -115,15 +117,27 @@ def dcp_async(snapshot: Snapshot, out: Path) -> Timed:
 
 def one_file(snapshot: Snapshot, out: Path) -> Timed:
     parts = [tensor_bytes(tensor) for tensor in by_name(snapshot).values()]
+    return both(lambda: write_one(parts, out))
+
+
+def one_file_committed(snapshot: Snapshot, out: Path) -> Timed:
+    parts, partial = [tensor_bytes(tensor) for tensor in by_name(snapshot).values()], out.with_name(f".{out.name}")
 
     def save() -> None:
-        out.mkdir()
-        with (out / "bytes").open("wb", buffering=0) as file:
-            for part in parts:
-                file.write(part)
-            os.fsync(file.fileno())
+        write_one(parts, partial)
+        fsync(partial)
+        partial.rename(out)
+        fsync(out.parent)
 
     return both(save)
+
+
+def write_one(parts: list[memoryview], out: Path) -> None:
+    out.mkdir()
+    with (out / "bytes").open("wb", buffering=0) as file:
+        for part in parts:
+            file.write(part)
+        os.fsync(file.fileno())
 
 
 def a_copy(snapshot: Snapshot, out: Path) -> Timed:
@@ -144,6 +158,7 @@ def saves_table(snapshot: Snapshot, rounds: int, place: Path) -> str:
     contenders: dict[str, Callable[[Snapshot, Path], Timed]] = {
         "a copy in memory": a_copy,
         "one file, fsynced": one_file,
+        "one file, committed": one_file_committed,
         "onward, behind the training": onward_behind(Background()),
         "onward, training waits": onward_waiting,
         "torch.save + fsync": torch_save,
@@ -162,19 +177,22 @@ def saves_table(snapshot: Snapshot, rounds: int, place: Path) -> str:
             if number:
                 readings[name].append(reading)
     lines = [
-        "| | stall, ms | of a copy | durable, ms | of one file | bytes |",
-        "|---|---|---|---|---|---|",
+        "| | stall, ms | of a copy | durable, ms | of one file | of one committed | bytes |",
+        "|---|---|---|---|---|---|---|",
     ]
+    copies = readings["a copy in memory"]
     for name, own in readings.items():
-        copies, files = readings["a copy in memory"], readings["one file, fsynced"]
-        is_copy = name == "a copy in memory"
         cells = [
             spread([stall * 1000 for stall, _ in own], 1),
             spread([stall / copy for (stall, _), (copy, _) in zip(own, copies, strict=True)], 2),
-            "" if is_copy else spread([durable * 1000 for _, durable in own], 0),
-            "" if is_copy else spread([d / limit for (_, d), (_, limit) in zip(own, files, strict=True)], 2),
-            f"{sizes[name]:,}" if sizes[name] else "",
         ]
+        if own is copies:
+            cells += [""] * 4
+        else:
+            cells.append(spread([durable * 1000 for _, durable in own], 0))
+            for limits in (readings["one file, fsynced"], readings["one file, committed"]):
+                cells.append(spread([d / limit for (_, d), (_, limit) in zip(own, limits, strict=True)], 2))
+            cells.append(f"{sizes[name]:,}")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

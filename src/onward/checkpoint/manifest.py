@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from onward.checkpoint.tensorfile import CHECKSUM, FileRecord
 from onward.errors import DamageError, InputError
-from onward.files import canonical_json, digest_bytes
+from onward.files import canonical_json, digest_bytes, write_back
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -152,4 +152,5 @@ def write_file(path: Path, data: bytes) -> FileRecord:
     """A new file in a directory that is not committed yet."""
     with path.open("xb") as file:
         file.write(data)
+        write_back(file, 0, len(data))
     return FileRecord(path.name, len(data), digest_bytes(data, CHECKSUM))

@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,33 +147,39 @@ def finish_replacements(checkpoints: Path, run_id: str) -> None:
 
 
 def _write(snapshot: Snapshot, partial: Path) -> Manifest:
-    """All files but the manifest. An adapter lies as PEFT wants it, so that PEFT loads the directory as it is."""
-    files = [write_file(partial / PROGRESS, _json(snapshot.progress))]
+    """All files but the manifest, at once: one is digested while the disk writes another. An adapter lies as PEFT wants
+    it, so that PEFT loads the directory as it is.
+    """
+    files: list[Future[FileRecord]] = []
     tensors: list[TensorRecord] = []
 
-    def put(file: str, slots: Mapping[tuple[str, str], str], values: Mapping[str, torch.Tensor]) -> FileRecord:
+    def put(file: str, slots: Mapping[tuple[str, str], str], values: Mapping[str, torch.Tensor]) -> None:
         """Write `values` by key, and record each under its (name, slot)."""
         for (name, slot), key in slots.items():
             spec = spec_of(key, values[key])
             place = Slice(file, key, offset=(0,) * len(spec.shape), shape=spec.shape)
             tensors.append(TensorRecord(name, slot, spec.dtype, spec.shape, (place,)))
-        return write_tensors(partial / file, values, {"format": "pt"})
+        files.append(pool.submit(write_tensors, partial / file, values, {"format": "pt"}))
 
-    if snapshot.adapter is not None:
-        adapter = snapshot.adapter.tensors
-        files.append(write_file(partial / ADAPTER_CONFIG, _json(snapshot.adapter.config)))
-        files.append(put(ADAPTER_TENSORS, {(name, ADAPTER): name for name in sorted(adapter)}, adapter))
-        if snapshot.adapter.quantisation:
-            files.append(write_file(partial / QUANTISATION, _json(snapshot.adapter.quantisation)))
-    if snapshot.weights:
-        weights = snapshot.weights
-        files.append(put(WEIGHTS, {(name, WEIGHT): name for name in sorted(weights)}, weights))
-    if snapshot.optimizer:
-        keys = {(name, slot): f"{name}/{slot}" for name, slot in sorted(snapshot.optimizer)}
-        state = {key: snapshot.optimizer[place] for place, key in keys.items()}
-        files.append(put(OPTIMIZER, keys, state))
-    if any(snapshot.optimizer_values.values()):
-        files.append(write_file(partial / OPTIMIZER_VALUES, _json(snapshot.optimizer_values)))
+    def tell(file: str, value: Mapping[str, Any]) -> None:
+        files.append(pool.submit(write_file, partial / file, _json(value)))
+
+    with ThreadPoolExecutor(8) as pool:
+        tell(PROGRESS, snapshot.progress)
+        if snapshot.adapter is not None:
+            adapter = snapshot.adapter.tensors
+            tell(ADAPTER_CONFIG, snapshot.adapter.config)
+            put(ADAPTER_TENSORS, {(name, ADAPTER): name for name in sorted(adapter)}, adapter)
+            if snapshot.adapter.quantisation:
+                tell(QUANTISATION, snapshot.adapter.quantisation)
+        if snapshot.weights:
+            weights = snapshot.weights
+            put(WEIGHTS, {(name, WEIGHT): name for name in sorted(weights)}, weights)
+        if snapshot.optimizer:
+            keys = {(name, slot): f"{name}/{slot}" for name, slot in sorted(snapshot.optimizer)}
+            put(OPTIMIZER, keys, {key: snapshot.optimizer[place] for place, key in keys.items()})
+        if any(snapshot.optimizer_values.values()):
+            tell(OPTIMIZER_VALUES, snapshot.optimizer_values)
     return Manifest(
         kind="checkpoint",
         run_id=snapshot.run_id,
@@ -181,7 +188,7 @@ def _write(snapshot: Snapshot, partial: Path) -> Manifest:
         samples_seen=snapshot.samples_seen,
         base=snapshot.base,
         names=dict(snapshot.names),
-        files=tuple(files),
+        files=tuple(file.result() for file in files),
         tensors=tuple(tensors),
         optimizer=snapshot.optimizer_name,
         environment=dict(snapshot.environment),

@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from onward.errors import DamageError, InputError
-from onward.files import CHUNK, Hasher
+from onward.files import CHUNK, Hasher, write_back
 
 if TYPE_CHECKING:
     import torch
@@ -33,6 +33,7 @@ TORCH_NAMES = {
     "U64": "uint64", "I64": "int64", "F64": "float64",
 }  # fmt: skip
 MAX_HEADER = 100_000_000
+WRITE_BACK = 4 << 20  # bytes that are written before the disk is to begin with them
 CHECKSUM = "xxh3"
 
 
@@ -161,7 +162,7 @@ class TensorFileWriter:
         self._specs = list(specs)
         self._next = 0
         self._hasher = Hasher(CHECKSUM)
-        self._size = 0
+        self._size = self._begun = 0
         header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
         offset = 0
         for spec in self._specs:
@@ -179,6 +180,12 @@ class TensorFileWriter:
         self._file.write(data)
         self._hasher.update(data)
         self._size += len(data)
+        if self._size - self._begun >= WRITE_BACK:
+            self._write_back()
+
+    def _write_back(self) -> None:
+        write_back(self._file, self._begun, self._size)
+        self._begun = self._size
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write the next tensor, which must be the next spec."""
@@ -215,6 +222,8 @@ class TensorFileWriter:
         with self._file:
             if kind is None and self._next != len(self._specs):
                 raise ValueError(f"{self.path}: {len(self._specs) - self._next} tensors were never written")
+            if kind is None:
+                self._write_back()
         if kind is None:
             self.record = FileRecord(self.path.name, self._size, self._hasher.digest())
 
