@@ -74,6 +74,7 @@ def send_far(folder: Path) -> int:
     """Write far/: near/ as if it stood at step FAR, with every metrics row and commit on the way. The step of near/."""
     import onward
     from onward.checkpoint.save import Snapshot, save_checkpoint
+    from onward.runs.tally import Tally
 
     near, far = folder / "near", folder / "far"
     shutil.copytree(near, far)
@@ -97,16 +98,17 @@ def send_far(folder: Path) -> int:
     shutil.rmtree(far / CHECKPOINTS)
     save_checkpoint(snapshot, far / CHECKPOINTS / f"step-{FAR:06d}")
     rewrite(far / "metrics.jsonl", lambda rows: [{**rows[n % len(rows)], "step": n + 1} for n in range(FAR)])
-    rewrite(far / "journal.jsonl", lambda events: [line for event in events for line in commits(event)])
+    counted = Tally(far / "metrics.jsonl").to_json()
+    rewrite(far / "journal.jsonl", lambda events: [line for event in events for line in commits(event, counted)])
     return manifest.step
 
 
-def commits(event: dict) -> Iterator[dict]:  # type: ignore[type-arg]
-    """The one commit of near/ as one every EVERY steps; any other event as it is."""
+def commits(event: dict, counted: dict) -> Iterator[dict]:  # type: ignore[type-arg]
+    """The one commit of near/ as one every EVERY steps, with the metrics as they are; any other event as it is."""
     if event["event"] != "committed":
         yield event
     else:
-        yield from ({**event, "step": step} for step in range(EVERY, FAR + 1, EVERY))
+        yield from ({**event, "step": step, "metrics": counted} for step in range(EVERY, FAR + 1, EVERY))
 
 
 def rewrite(path: Path, change: Callable[[list], list]) -> None:  # type: ignore[type-arg]

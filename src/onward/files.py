@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -50,6 +51,14 @@ def digest_bytes(data: bytes, algorithm: str = "sha256") -> str:
     hasher = Hasher(algorithm)
     hasher.update(data)
     return hasher.digest()
+
+
+def digest_on(hasher: Hasher, path: Path, begin: int, end: int) -> None:
+    """Go on with a digest by these bytes of a file, as far as they are there."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(begin)
+        while chunk := file.read(min(CHUNK, end - file.tell())):
+            hasher.update(chunk)
 
 
 def digest_file(path: Path, algorithm: str = "sha256", keep: memoryview | None = None) -> str:
@@ -239,9 +248,11 @@ def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]], *, durable: bool
             fsync(path.parent)
 
 
-def _tail(file: Any, end: int) -> bytes:
-    file.seek(max(0, end - LINK - 1))
-    return bytes(file.read(LINK + 1))
+def _tail(file: BinaryIO, end: int) -> bytes:
+    """The end of the line that ends at `end`, with its newline."""
+    begin = max(0, end - LINK - 1)
+    file.seek(begin)
+    return file.read(end - begin)
 
 
 def _link(before: bytes, body: bytes) -> bytes:
@@ -259,19 +270,21 @@ def _end_of_last_whole_line(file: Any, end: int) -> int:
     return 0
 
 
-def whole_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """Every line of a JSON lines file (none when it is missing) with its number from 1: as JSON, or None where it does
-    not count: it was altered, or does not follow the line before it. A torn last line is what a crash leaves: neither.
+def whole_lines(path: Path, begin: int = 0) -> Iterator[tuple[int, bytes | None]]:
+    """Every line of a JSON lines file (none when it is missing) from the byte `begin` on, where a line begins: where it
+    ends; and what it is as JSON, or None where it does not count: it was altered, or does not follow the line before
+    it. A torn last line is what a crash leaves: neither.
 
     DamageError when the file cannot be read.
     """
-    link = b""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            link = _tail(file, begin)[:-1]
+            for line in file:
                 if line.endswith(b"\n"):
                     body, before, link = line[: -LINK - 1], link, line[-LINK - 1 : -1]
-                    yield number, body + b"}" if link == _link(before, body) else None
+                    begin += len(line)
+                    yield begin, body + b"}" if link == _link(before, body) else None
     except FileNotFoundError:
         return
     except OSError as error:
@@ -279,18 +292,34 @@ def whole_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
 
 
 def read_lines(path: Path) -> tuple[list[Any], list[int]]:
-    """The rows of a JSON lines file, and the numbers of lines that do not count: see `whole_lines`."""
-    lines = list(whole_lines(path))
+    """The rows of a JSON lines file, and the numbers (from 1) of lines that do not count: see `whole_lines`."""
+    lines = list(enumerate((line for _, line in whole_lines(path)), start=1))
     return [json.loads(line) for _, line in lines if line is not None], [n for n, line in lines if line is None]
 
 
+@dataclass
+class Log:
+    """A JSON lines file that grows: each line is read once, and must count. `rows`: of its first `size` bytes."""
+
+    path: Path
+    rows: list[Any] = field(default_factory=list)
+    size: int = 0
+
+    def read_on(self) -> list[Any]:
+        """All rows that are there now. DamageError names the first line that does not count."""
+        for end, line in whole_lines(self.path, self.size):
+            if line is None:
+                number = len(self.rows) + 1
+                raise DamageError(
+                    "this line was altered, or lines before it are missing",
+                    where=f"{self.path}:{number}",
+                    hint=f"bring the file back, or cut it there: sed -i '{number},$d' {shlex.quote(str(self.path))}",
+                )
+            self.rows.append(json.loads(line))
+            self.size = end
+        return self.rows
+
+
 def read_jsonl(path: Path) -> list[Any]:
-    """`read_lines`, each of which must count: DamageError names the first that does not."""
-    rows, altered = read_lines(path)
-    if altered:
-        raise DamageError(
-            "this line was altered, or lines before it are missing",
-            where=f"{path}:{altered[0]}",
-            hint=f"bring the file back, or cut it there: sed -i '{altered[0]},$d' {shlex.quote(str(path))}",
-        )
-    return rows
+    """The rows of a JSON lines file, each of which must count: see `Log`."""
+    return Log(path).read_on()

@@ -11,10 +11,11 @@ from onward.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from onward.checkpoint.read import list_checkpoints
 from onward.checkpoint.verify import Problem
 from onward.errors import DamageError, OnwardError
-from onward.files import digest_file, read_jsonl, whole_lines
+from onward.files import Log, digest_file, whole_lines
 from onward.plan.lock import Lock
 from onward.runs.directory import RunDirectory
-from onward.runs.journal import Row, attempts, metrics_rows
+from onward.runs.journal import Row, attempts
+from onward.runs.tally import Tally, take_up
 
 
 @dataclass(frozen=True)
@@ -24,16 +25,17 @@ class Account:
     stage with checkpoints the last one's step; `recent`: the rows of later steps, those that are trained again.
     """
 
-    events: list[dict[str, Any]]
+    journal: Log
     lost: list[dict[str, Any]]
     last_attempt: int
     problems: list[Problem]
     newest: dict[str, int]
     recent: list[Row]
+    tally: Tally
 
     def history(self) -> list[dict[str, Any]]:
         """What the journal tells, and what it would tell."""
-        return [*self.events, *self.lost]
+        return [*self.journal.rows, *self.lost]
 
 
 def account(run: RunDirectory, lock: Lock) -> Account:
@@ -41,39 +43,36 @@ def account(run: RunDirectory, lock: Lock) -> Account:
 
     DamageError when the journal was altered, and when the lock is older than the journal: what they say decides.
     """
-    events = read_jsonl(run.journal)
+    journal = Log(run.journal)
+    events = journal.read_on()
     made = _made(run, lock)
     newest = {m.stage: m.step for m in sorted(made, key=lambda manifest: manifest.step)}
-    last_attempt, altered, recent = attempts(events), [], []
-    steps: dict[str, set[int]] = {}
-    for number, row in metrics_rows(run.metrics):
-        if row is None:
-            altered.append(number)
-        else:
-            steps.setdefault(row.stage, set()).add(row.step)
-            last_attempt = max(last_attempt, row.attempt)
-            if row.step > newest.get(row.stage, 0):
-                recent.append(row)
+    imported = lock.imported_from
+    tally = take_up(run.metrics, events, newest, {imported.stage: imported.step} if imported else {})
+    last_attempt, recent = attempts(events), []
+    for row in tally.read_on():
+        last_attempt = max(last_attempt, row.attempt)
+        if row.step > newest.get(row.stage, 0):
+            recent.append(row)
     _require_newest(run, lock, events)
     lost = list(_lost(lock, events, made))
-    problems = _altered(run.metrics, altered)
+    problems = _altered(run.metrics, tally.altered)
     for stage, last in newest.items():
-        first = lock.imported_from.step + 1 if lock.imported_from and lock.imported_from.stage == stage else 1
-        if gone := sorted(set(range(first, last + 1)) - steps.get(stage, set())):
+        if gone := tally.missing(stage, last):
             reason = f"lacks {len(gone)} of the {last} steps that stage {stage} has behind it, first step {gone[0]}"
             problems.append(Problem(run.metrics, reason))
     untold = [event for event in lost if event["event"] in ("committed", "output")]
-    if len(untold) > 1 or (not events and (made or steps)):
+    if len(untold) > 1 or (not events and (made or tally.size)):
         told = ", ".join(f"{event['stage']} step {event['step']} {event['event']}" for event in untold)
         problems.append(Problem(run.journal, f"lacks lines that it had: {told or 'all'}"))
     problems += _plan_problem(run, lock)
-    return Account(events, lost, last_attempt, problems, newest, recent)
+    return Account(journal, lost, last_attempt, problems, newest, recent, tally)
 
 
 def altered_lines(path: Path) -> list[Problem]:
     """The lines of a journal or of metrics that are not what was written, or the file where it cannot be read."""
     try:
-        return _altered(path, [number for number, line in whole_lines(path) if line is None])
+        return _altered(path, [number for number, (_, line) in enumerate(whole_lines(path), 1) if line is None])
     except DamageError as error:
         return [Problem(path, error.message)]
 

@@ -139,7 +139,7 @@ def progress_of(events: Sequence[Mapping[str, Any]]) -> tuple[set[str], set[str]
 def trained_after(run: RunDirectory, names: Sequence[str], stage: str) -> str | None:
     """The first of the later stages that has trained a step, if there is one: it stands on this stage's output."""
     later = names[names.index(stage) + 1 :]
-    trained = {row.stage for _, row in metrics_rows(run.metrics) if row and row.step}
+    trained = {row.stage for row in metrics_rows(run.metrics) if row.step}
     trained |= {event["stage"] for event in read_jsonl(run.journal) if event["event"] == "committed"}
     return next((name for name in later if name in trained), None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from importlib.util import find_spec
 
@@ -24,6 +25,14 @@ def require_device(loaded: LoadedPlan, number: int, stage: Stage) -> None:
         reason = "flash_attention_2 needs the package flash-attn, which is not installed"
     if reason:
         raise PlanError(reason, where=loaded.where("stages", number, "attention"), hint="sdpa is the same attention")
+
+
+def release() -> None:
+    """Give back the memory of what was deleted, also a GPU's: another process may need it."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def advice(plan: Plan) -> Iterator[str]:

@@ -42,11 +42,15 @@ class Row(NamedTuple):
     line: bytes
 
 
-def metrics_rows(metrics: Path) -> Iterator[tuple[int, Row | None]]:
-    """Every line of metrics.jsonl by its number, None where it does not count. Cheap: there may be a million."""
-    for number, line in whole_lines(metrics):
-        found = KEY.match(line) if line is not None else None
-        yield number, Row(int(found[1]), found[2].decode(), int(found[3]), found.string) if found else None
+def row_of(line: bytes | None) -> Row | None:
+    """A line of metrics.jsonl that counts. Cheap: there may be a million."""
+    found = KEY.match(line) if line is not None else None
+    return Row(int(found[1]), found[2].decode(), int(found[3]), found.string) if found else None
+
+
+def metrics_rows(metrics: Path) -> Iterator[Row]:
+    """Every line of metrics.jsonl that counts."""
+    return filter(None, (row_of(line) for _, line in whole_lines(metrics)))
 
 
 def is_finished(events: Iterable[Mapping[str, Any]]) -> bool:

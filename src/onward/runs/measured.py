@@ -5,8 +5,6 @@ The journal holds the numbers. They follow from what is on disk: a measurement t
 
 from __future__ import annotations
 
-import gc
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,8 @@ from onward.checkpoint.manifest import read_manifest
 from onward.checkpoint.save import ADAPTER_CONFIG
 from onward.files import canonical_json, digest_bytes
 from onward.plan.lock import Lock
-from onward.runs.journal import canonical_metrics, metrics_rows, write_event
+from onward.runs.device import release
+from onward.runs.journal import canonical_metrics, write_event
 from onward.runs.micro_batch import AUTO_MICRO_BATCH, UNMEASURED, no_room
 from onward.runs.opened import Named, load_named
 from onward.runs.outputs import content_fingerprint, start_of
@@ -83,8 +82,7 @@ def _baseline(lock: Lock, key: str, events: Sequence[Mapping[str, Any]], rows: R
 
 def told_of(session: Session, stage: str) -> Measurements:
     """`measurements` of a stage of the run that is being walked through."""
-    starts = [row for _, row in metrics_rows(session.directory.metrics) if row and row.step == 0]
-    rows = canonical_metrics(json.loads(row.line) for row in starts)
+    rows = canonical_metrics(session.tally.evaluated_at_starts())
     return measurements(session.lock, stage, session.events(), rows)
 
 
@@ -125,8 +123,6 @@ def _base(session: Session, number: int) -> Path:
 
 
 def _measure(session: Session, number: int, named: Named) -> Values:
-    import torch
-
     from onward.engine.single import Single
     from onward.evaluate.measure import measure
 
@@ -136,8 +132,8 @@ def _measure(session: Session, number: int, named: Named) -> Values:
     size = session.micro_batch_size(stage.name)
     if size == UNMEASURED:  # a baseline, before the stage's own model is there
         size = AUTO_MICRO_BATCH
+    model = load_named(named, precision=stage.precision, device=str(session.device), attention=stage.attention)
     try:
-        model = load_named(named, precision=stage.precision, device=str(session.device), attention=stage.attention)
         values = measure(
             model,
             inputs.encoder,
@@ -148,8 +144,8 @@ def _measure(session: Session, number: int, named: Named) -> Values:
             limit=plan.limit,
             autocast=Single(model, precision=stage.precision).autocast(),
         )
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
         raise no_room(error, size, f"stages.{stage.name}.micro_batch_size=") from None
     del model
-    gc.collect()
+    release()
     return values

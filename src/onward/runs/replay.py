@@ -48,7 +48,7 @@ def _rows_after(session: Session, stage: str, step: int) -> Iterable[Row]:
         return []
     if step >= session.account.newest.get(stage, 0):
         return session.account.recent
-    return (row for _, row in metrics_rows(session.directory.metrics) if row)
+    return metrics_rows(session.directory.metrics)
 
 
 def _compare_replay(session: Session, before: dict[str, Any], again: dict[str, Any]) -> None:

@@ -31,14 +31,14 @@ def save(session: Session, live: LiveStage) -> None:
     snapshot = _snapshot(session, live)
     what = f"the checkpoint of step {snapshot.step}"
     require_space(live.checkpoints, snapshot_bytes(snapshot), what)
-    best = best_steps(session, live)
+    best, counted = best_steps(session, live), session.tally.to_json()
 
     def commit(snapshot: Snapshot) -> None:
         if session.directory.metrics.exists():  # no checkpoint speaks of steps whose rows a power cut could take back
             fsync(session.directory.metrics)
         step = save_checkpoint(snapshot, live.checkpoints / checkpoint_name(snapshot.step)).step
         event = {"attempt": session.attempt, "stage": snapshot.stage, "step": step}
-        write_event(session.directory.journal, "committed", **event)
+        write_event(session.directory.journal, "committed", **event, **({"metrics": counted} if counted else {}))
         retire_superseded(session, live, best)
 
     is_last = snapshot.step in live.inputs.horizon.ends or session.stopping() or live.ends_early()

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from onward.errors import Interrupted
-from onward.files import read_jsonl
+from onward.files import Log
 from onward.plan.lock import Lock
 from onward.runs.account import Account
 from onward.runs.directory import RunDirectory
 from onward.runs.resolve import Resolved
 from onward.runs.signals import Stopping
+from onward.runs.tally import Tally
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +38,7 @@ class View(Protocol):
 class Session:
     """A run between start and end of one process: `attempt` counts them from 1, `tier` is the promise that holds.
 
-    `account`: what the run's own files told before this attempt; None for the first.
+    `account`: what the run's own files told before this attempt; None for the first. `tally` is the main thread's.
     """
 
     directory: RunDirectory
@@ -50,9 +52,18 @@ class Session:
     stopping: Stopping
     device: torch.device
     account: Account | None
+    journal: Log = field(init=False)
+    tally: Tally = field(init=False)
+    _reading: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    def __post_init__(self) -> None:
+        self.journal = self.account.journal if self.account else Log(self.directory.journal)
+        self.tally = self.account.tally if self.account else Tally(self.directory.metrics)
 
     def events(self) -> list[dict[str, Any]]:
-        return read_jsonl(self.directory.journal)
+        """What the journal tells by now."""
+        with self._reading:  # a save behind the training asks too
+            return list(self.journal.read_on())
 
     def told(self, event: str, stage: str | None = None) -> bool:
         """Does the journal have this event (of this stage)?"""

@@ -199,7 +199,7 @@ def _write_journal(
         tell("extended", **extension.model_dump(mode="json"))
     for kind in ("committed", "ended_early", "output", "baseline", "measured", "gate"):
         for event in _last_of_each(behind, kind):
-            tell(**event)
+            tell(**{key: value for key, value in event.items() if key != "metrics"})  # those rows are counted elsewhere
     for manifest in taken:
         tell("committed", stage=manifest.stage, step=manifest.step)
 
