@@ -6,6 +6,8 @@ exit status. Anything else that escapes is a defect of onward and keeps its trac
 
 from __future__ import annotations
 
+NO_MEMORY = ("can't allocate memory", "out of memory")  # in torch's RuntimeErrors: of its allocators, of the driver
+
 
 class OnwardError(Exception):
     """A failure with a cause (`message`), a place (`where`: file, line, key or tensor) and a way out (`hint`)."""
@@ -56,3 +58,10 @@ class Interrupted(OnwardError):
     """A signal asked the run to stop; everything is saved, and the same command continues it."""
 
     exit_status = 75
+
+
+def memory_ended(error: BaseException) -> str | None:
+    """The reason, when it is that memory ended: of Python, of numpy, of the CPU or a GPU under torch."""
+    reason = str(error).partition("\n")[0] or "no memory"
+    is_torch = isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    return reason if is_torch or isinstance(error, MemoryError) else None

@@ -19,7 +19,7 @@ from onward.cache import cache_directory
 from onward.cli import branch, bring, chat, check, look, models, parts, prove, run
 from onward.cli.output import abandon
 from onward.cli.parser import Parser
-from onward.errors import Interrupted, OnwardError, PlanError
+from onward.errors import Interrupted, OnwardError, PlanError, memory_ended
 from onward.runs.quiet import quiet
 
 ABOUT = """\
@@ -63,6 +63,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(
             OnwardError(error.strerror or str(error), where=where, hint=_way_out(error)), as_json="--json" in words
         )
+    except (MemoryError, RuntimeError) as error:
+        if not (reason := memory_ended(error)):
+            raise
+        hint = "what was there is as it was: try again with less beside it, or on a machine with more"
+        return _report(OnwardError(f"out of memory: {reason}", hint=hint), as_json="--json" in words)
 
 
 def _way_out(error: OSError) -> str | None:

@@ -75,15 +75,15 @@ def evaluate(
     precision = "bf16" if device == "cuda" else "fp32"
     encoder = encoder_of(named)
     prepared = prepare([ResolvedSource(path) for path in data], encoder, on_bad_sample="stop")
+    loaded = load_named(named, precision=precision, device=device)
+    how: dict[str, Any] = {
+        "batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit,
+        "autocast": Single(loaded, precision=precision).autocast(),
+    }  # fmt: skip
     try:
-        loaded = load_named(named, precision=precision, device=device)
-        how: dict[str, Any] = {
-            "batch_size": batch_size, "max_new_tokens": max_new_tokens, "limit": limit,
-            "autocast": Single(loaded, precision=precision).autocast(),
-        }  # fmt: skip
         answers = predict(loaded, encoder, prepared, **how) if out else None
         values = measure(loaded, encoder, prepared, metrics, answers=answers, **how)
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
         raise no_room(error, batch_size, "--batch-size ") from None
     if out and answers is not None:
         write_durably(out, b"".join(_line(answer, metrics) for answer in answers))

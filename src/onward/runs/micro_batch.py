@@ -5,10 +5,11 @@ What a step means does not depend on it: only the order of its sums does.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from onward.errors import TrainingError
+from onward.errors import TrainingError, memory_ended
 from onward.plan.lock import Lock, write_lock
 from onward.plan.table import TIERS
 from onward.runs.begin import conditions
@@ -85,16 +86,34 @@ def halve(session: Session, live: LiveStage, reason: str) -> None:
     )
 
 
-def no_room(error: Exception, size: int, override: str) -> TrainingError:
-    """What to say where memory ended with `size` samples at once and nothing halves them: outside of a step's passes,
-    while measuring. `override` sets another size when a number is put behind it.
+def no_room(error: Exception, size: int, override: str) -> Exception:
+    """What to raise where a block with `size` samples at once, which nothing halves, failed with `error`: a
+    TrainingError if memory ended, else the error itself. `override` sets another size when a number is put behind it.
     """
-    reason = str(error).partition("\n")[0]
+    if not (reason := memory_ended(error)):
+        return error
     if size > 1:
         way_out = f"run again with {override}{size // 2}: nothing but memory and speed rests on it"
         return TrainingError(f"out of memory with {size} samples at once: {reason}", hint=way_out)
     way_out = "shorter samples, smaller images or a smaller max_new_tokens take less"
     return TrainingError(f"out of memory with a single sample: {reason}", hint=way_out)
+
+
+@contextmanager
+def with_room(doing: str, where: str | None = None) -> Iterator[None]:
+    """TrainingError when memory ends in the block, which no size of a micro-batch would change."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not (reason := memory_ended(error)):
+            raise
+        raise TrainingError(
+            f"out of memory while {doing}: {reason}",
+            where=where,
+            hint="does something else hold the memory? Less takes mode: lora, mode: qlora (frozen layers in 4 bits), "
+            "precision: bf16 where the weights are,\n  optimizer: adamw_8bit, or a smaller model; "
+            "onward check PLAN tells what each stage needs",
+        ) from None
 
 
 def _lock_in(session: Session, live: LiveStage, measured: dict[str, int]) -> None:

@@ -19,6 +19,7 @@ from onward.plan.lock import locked_plan, plan_values
 from onward.plan.schema import Images
 from onward.runs.begin import open_lock, plan_file
 from onward.runs.directory import RunDirectory
+from onward.runs.micro_batch import with_room
 from onward.runs.outputs import Start, beside_base, quantised_under, start_of, verified_output
 from onward.runs.reference import Reference, find_checkpoint, parse_reference
 from onward.runs.resolve import chat_template_of, model_directory
@@ -114,8 +115,13 @@ def encoder_of(named: Named) -> Encoder:
 def load_named(named: Named, *, precision: str, device: str, attention: str = "auto") -> Any:
     """The transformers model, adapters beside it on the base that they were trained on: quantised, where it was.
 
-    DamageError where base and adapter do not fit.
+    DamageError where base and adapter do not fit, TrainingError where memory does not hold them.
     """
+    with with_room("a model is loaded", str(named.adapter or named.checkpoint or named.base)):
+        return _load(named, precision=precision, device=device, attention=attention)
+
+
+def _load(named: Named, *, precision: str, device: str, attention: str) -> Any:
     from onward.model.load import load_model
     from onward.model.selection import Selection
     from onward.model.trainable import make_trainable
@@ -124,7 +130,7 @@ def load_named(named: Named, *, precision: str, device: str, attention: str = "a
         with tempfile.TemporaryDirectory(prefix="onward-whole-", dir=named.base.parent) as whole:
             join(named.base, Path(whole))
             named = replace(named, base=Path(whole))
-            return load_named(named, precision=precision, device=device, attention=attention)
+            return _load(named, precision=precision, device=device, attention=attention)
     if named.checkpoint and named.start:
         checkpoint = find_checkpoint(named.checkpoint)
         if checkpoint.manifest.base != named.start.fingerprint:

@@ -5,6 +5,7 @@ python -m onward.runs.reopen MODEL_DIR BATCH.safetensors LOGITS.safetensors PREC
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tempfile
@@ -12,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onward.errors import DamageError
+from onward.errors import DamageError, memory_ended
 
 if TYPE_CHECKING:
     import torch
@@ -21,29 +22,25 @@ if TYPE_CHECKING:
 def reopened_logits(
     model: Path, batch: Mapping[str, torch.Tensor], *, precision: str, device: str, threads: int
 ) -> torch.Tensor:
-    """Logits [tokens, vocabulary] of the model directory for `batch`, from a new process that loads it from disk."""
+    """Logits [tokens, vocabulary] of the model directory for `batch`, from a new process that loads it from disk.
+
+    DamageError where that cannot open it, MemoryError where there was no room to.
+    """
     from onward.checkpoint.tensorfile import read_tensors, write_tensors
 
     with tempfile.TemporaryDirectory(prefix="onward-reopen-") as scratch:
         inputs, outputs = Path(scratch, "batch.safetensors"), Path(scratch, "logits.safetensors")
         write_tensors(inputs, batch)
-        command = [
-            sys.executable,
-            "-m",
-            "onward.runs.reopen",
-            str(model),
-            str(inputs),
-            str(outputs),
-            precision,
-            device,
-            str(threads),
-        ]
+        arguments = [str(path) for path in (model, inputs, outputs)]
+        command = [sys.executable, "-m", "onward.runs.reopen", *arguments, precision, device, str(threads)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode == -signal.SIGKILL:
+            raise MemoryError(f"{model} was opened again by a process that the system has killed")
         if done.returncode != 0:
-            last = done.stderr.strip().splitlines()
-            raise DamageError(
-                f"cannot be opened again: {last[-1] if last else f'exit status {done.returncode}'}", where=str(model)
-            )
+            last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+            if memory_ended(RuntimeError(last)) or last.startswith("MemoryError"):
+                raise MemoryError(f"{model} was opened again: {last}")
+            raise DamageError(f"cannot be opened again: {last}", where=str(model))
         return read_tensors(outputs)["logits"]
 
 

@@ -213,8 +213,6 @@ def _check_probe(session: Session, live: LiveStage) -> None:
 
 def train_stage(session: Session, live: LiveStage) -> int:
     """Train from where the stage stands to its end or a signal; returns the steps trained. Saves at the end."""
-    import torch
-
     from onward.data.batches import step_batches
     from onward.train.loop import Duties, TooLarge, train
 
@@ -274,7 +272,7 @@ def train_stage(session: Session, live: LiveStage) -> int:
                     hint=f"stages.{stage.name}: gradient_checkpointing=true, a smaller max_length or LoRA take less",
                 )
             halve(session, live, reason)
-    except torch.OutOfMemoryError as error:
+    except (MemoryError, RuntimeError) as error:
         raise no_room(error, live.micro_batch_size, f"stages.{stage.name}.micro_batch_size=") from None
     finally:
         live.saves.wait()

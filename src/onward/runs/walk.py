@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from onward.plan.load import LoadedPlan
 from onward.plan.lock import extensions_of
 from onward.runs.account import account
 from onward.runs.begin import begin, conditions, go_on, judge_changes, new_lock, open_lock, record
+from onward.runs.device import release
 from onward.runs.directory import RunDirectory
 from onward.runs.environment import environment, set_switches
 from onward.runs.gates import require_possible, settle
@@ -27,7 +27,7 @@ from onward.runs.inputs import Content, content_of, prepare_inputs
 from onward.runs.journal import ended_early, write_event
 from onward.runs.journal import is_finished as told_finished
 from onward.runs.measured import measure_baseline
-from onward.runs.micro_batch import micro_batches
+from onward.runs.micro_batch import micro_batches, with_room
 from onward.runs.outputs import Start, start_of
 from onward.runs.resolve import resolve
 from onward.runs.session import Session, View
@@ -199,7 +199,8 @@ def _stage(session: Session, place: Place) -> int:
         discard(output, session.lock.run_id)
     measure_baseline(session, number)
     session.stop_if_asked()
-    live = set_up(session, number, start, place.checkpoint)
+    with with_room(f"stage {name} is set up", str(start.base)):
+        live = set_up(session, number, start, place.checkpoint)
     done = live.training.progress.step
     session.view.stage(name, number + 1, len(session.resolved.names), steps, done)
     session.stop_if_asked()
@@ -211,8 +212,9 @@ def _stage(session: Session, place: Place) -> int:
             event = {"stage": name, "step": step}
             write_event(session.directory.journal, "ended_early", attempt=session.attempt, **event)
     session.stop_if_asked()
-    result = result_of(session, live)
-    del live  # its memory is needed to reopen what is handed on
-    gc.collect()
-    hand_on(session, result)
+    with with_room(f"the output of stage {name} is made; its last checkpoint is whole", str(output)):
+        result = result_of(session, live)
+        del live  # its memory is needed to reopen what is handed on
+        release()
+        hand_on(session, result)
     return trained

@@ -12,7 +12,7 @@ import torch
 
 from onward.data.batches import StepBatch
 from onward.engine.single import Single
-from onward.errors import TrainingError
+from onward.errors import TrainingError, memory_ended
 from onward.model.selection import Group
 from onward.model.trainable import Trainable
 from onward.randomness import derive
@@ -159,8 +159,10 @@ def _gradients(training: Training, engine: Single, batch: StepBatch, scale: floa
             torch.manual_seed(derive(training.seed, training.stage, "micro", batch.step, index))
             part = engine.accumulate(micro_batch, batch.target_tokens, scale)
             loss = part if loss is None else loss + part
-    except torch.OutOfMemoryError as error:
-        failure = str(error).splitlines()[0] or "no memory"
+    except (MemoryError, RuntimeError) as error:
+        failure = memory_ended(error) or ""
+        if not failure:
+            raise
     if failure:  # behind the handler: the error holds all that the forward pass has kept
         training.optimizer.zero_grad(set_to_none=True)
         raise TooLarge(failure)
