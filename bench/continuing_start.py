@@ -72,7 +72,7 @@ def main(plan: str, run: str, began: float) -> None:
     timed("model", load, "load_model")
     timed("verify", stage, "newest_verified")
     timed("restore", stage, "put_in_place")
-    timed("probe", stage, "_check_probe")
+    timed("probe", stage, "check_probe")
     timed("first batch", batches._Steps, "__getitem__")
     start(Path(plan), [], Path(run), until=None, accept=(), view=Until(began))
 

@@ -194,12 +194,15 @@ def committed_directory(final: Path, owner: str = "") -> Iterator[Path]:
     fsync(final.parent)
 
 
+def free_bytes(directory: Path) -> int:
+    """What is free on the disk of a directory, or of its nearest existing parent."""
+    there = (path for path in (directory, *directory.absolute().parents) if path.exists())
+    return shutil.disk_usage(next(there)).free
+
+
 def require_space(directory: Path, needed: int, what: str) -> None:
-    """InputError when the disk of `directory` (or of its nearest existing parent) has less than `needed` bytes free."""
-    existing = directory
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    """InputError when the disk of `directory` has less than `needed` bytes free."""
+    free = free_bytes(directory)
     if free < needed:
         raise InputError(
             f"{what} needs {needed:,} bytes, {free:,} are free",

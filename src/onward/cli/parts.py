@@ -75,7 +75,7 @@ def assemble(arguments: argparse.Namespace) -> int:
 
 def export(arguments: argparse.Namespace) -> int:
     from onward.runs.export import export as export_path
-    from onward.runs.export import push
+    from onward.runs.hub import push
     from onward.runs.reference import path_of
 
     out = Path(arguments.out)

@@ -14,7 +14,7 @@ from onward.errors import DamageError, OnwardError
 from onward.files import Log, digest_file, whole_lines
 from onward.plan.lock import Lock
 from onward.runs.directory import RunDirectory
-from onward.runs.journal import Row, attempts
+from onward.runs.journal import Row, attempts, events_of
 from onward.runs.tally import Tally, take_up
 
 
@@ -84,10 +84,10 @@ def _altered(path: Path, numbers: Sequence[int]) -> list[Problem]:
 
 def _require_newest(run: RunDirectory, lock: Lock, events: Sequence[dict[str, Any]]) -> None:
     held = {(amendment.attempt, amendment.key) for amendment in lock.amendments}
-    for event in events:
-        if event["event"] == "amended" and (event["attempt"], event["key"]) not in held:
+    for event in events_of(events, "amended"):
+        if (event["attempt"], event["key"]) not in held:
             raise _older(run, f"{event['key']} was amended at attempt {event['attempt']}")
-    if sum(event["event"] == "extended" for event in events) > len(lock.extensions):
+    if len(events_of(events, "extended")) > len(lock.extensions):
         raise _older(run, "a stage was extended")
 
 
@@ -111,11 +111,11 @@ def _made(run: RunDirectory, lock: Lock) -> list[Manifest]:
 
 
 def _lost(lock: Lock, events: Sequence[dict[str, Any]], made: Sequence[Manifest]) -> Iterator[dict[str, Any]]:
-    amended = {(event["attempt"], event["key"]) for event in events if event["event"] == "amended"}
+    amended = {(event["attempt"], event["key"]) for event in events_of(events, "amended")}
     for amendment in lock.amendments:
         if (amendment.attempt, amendment.key) not in amended:
             yield {"event": "amended", **amendment.model_dump(mode="json")}
-    for extension in lock.extensions[sum(event["event"] == "extended" for event in events) :]:
+    for extension in lock.extensions[len(events_of(events, "extended")) :]:
         yield {"event": "extended", **extension.model_dump(mode="json")}
     told = {(event["event"], event.get("stage"), event.get("step")) for event in events}
     forms = {stage["name"]: stage["output"]["form"] for stage in lock.plan["stages"]}

@@ -32,7 +32,7 @@ from onward.plan.table import TIERS
 from onward.runs.account import Account
 from onward.runs.directory import RunDirectory
 from onward.runs.inputs import Content
-from onward.runs.journal import metrics_rows, now, write_event
+from onward.runs.journal import events_of, metrics_rows, now, write_event
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def trained_after(run: RunDirectory, names: Sequence[str], stage: str) -> str | 
     """The first of the later stages that has trained a step, if there is one: it stands on this stage's output."""
     later = names[names.index(stage) + 1 :]
     trained = {row.stage for row in metrics_rows(run.metrics) if row.step}
-    trained |= {event["stage"] for event in read_jsonl(run.journal) if event["event"] == "committed"}
+    trained |= {event["stage"] for event in events_of(read_jsonl(run.journal), "committed")}
     return next((name for name in later if name in trained), None)
 
 
@@ -288,7 +288,7 @@ def _declared(lock: Lock, attempt: int) -> list[str]:
 
 
 def _amendment(change: Change, attempt: int, events: Sequence[Mapping[str, Any]]) -> Amendment:
-    committed = [e["step"] for e in events if e["event"] == "committed" and change.stage in (None, e["stage"])]
+    committed = [e["step"] for e in events_of(events, "committed") if change.stage in (None, e["stage"])]
     step = committed[-1] if committed else 0
     return Amendment(
         attempt=attempt,

@@ -293,22 +293,3 @@ def _records(directory: Path) -> tuple[FileRecord, ...]:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     )
-
-
-def push(directory: Path, hub_id: str) -> str:
-    """Upload a directory to the Hugging Face hub; its address. InputError where there is no network, or no right to."""
-    import huggingface_hub
-
-    try:
-        api = huggingface_hub.HfApi()
-        api.create_repo(hub_id, exist_ok=True)
-        api.upload_folder(repo_id=hub_id, folder_path=directory)
-    except Exception as error:  # the hub's client raises its own, its transport's and the system's kinds
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"could not be uploaded to {hub_id} ({first})",
-            where=str(directory),
-            hint="the export itself is whole. With a network and a token (hf auth login): "
-            f"hf upload {hub_id} {directory}",
-        ) from None
-    return f"{api.endpoint}/{hub_id}"

@@ -17,7 +17,7 @@ from onward.runs.account import account
 from onward.runs.begin import command_of, free_sibling, open_lock, progress_of, trained_after
 from onward.runs.directory import RunDirectory
 from onward.runs.hold import hold
-from onward.runs.journal import ended_early, write_event
+from onward.runs.journal import ended_early, events_of, write_event
 from onward.train.schedule import Horizon, horizon_of
 
 How = Literal["rewarm", "constant", "continue"]
@@ -118,7 +118,7 @@ def _plan(lock: Lock, stage: str) -> Stage:
 def _horizon(run: RunDirectory, lock: Lock, stage: str) -> Horizon:
     """The stage's steps and schedule, from what it had planned when it began."""
     events = read_jsonl(run.journal)
-    planned = [e["steps"] for e in events if e["event"] == "stage_started" and e["stage"] == stage]
+    planned = [event["steps"] for event in events_of(events, "stage_started", stage=stage)]
     if not planned:
         raise DamageError(f"does not tell how long stage {stage} was to be", where=str(run.journal))
     return horizon_of(_plan(lock, stage), planned[-1], extensions_of(lock, stage))

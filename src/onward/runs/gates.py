@@ -19,7 +19,7 @@ from onward.runs.begin import command_of
 from onward.runs.directory import RunDirectory
 from onward.runs.extend import extend_stage, require_rate
 from onward.runs.inputs import StageInputs
-from onward.runs.journal import ended_early, write_event
+from onward.runs.journal import ended_early, events_of, write_event
 from onward.runs.measured import Measurements, measure_output
 from onward.runs.resolve import Resolved
 from onward.train.schedule import horizon
@@ -52,7 +52,7 @@ def settle(session: Session, number: int) -> bool:
     """
     stage = session.resolved.stages[number].plan
     later = session.resolved.names[number + 1 :]
-    if stage.evaluate is None or any(session.told("stage_started", name) for name in later):
+    if stage.evaluate is None or any(session.told("stage_started", stage=name) for name in later):
         return True
     found = measure_output(session, number)
     session.stop_if_asked()
@@ -98,7 +98,7 @@ def _tell(session: Session, stage: Stage, found: Measurements, decision: str, re
         "reason": reason,
         "extensions": extensions_by_gate(session.lock, stage.name),
     }
-    told = [e for e in session.events() if (e["event"], e.get("stage")) == ("gate", stage.name)]
+    told = events_of(session.events(), "gate", stage=stage.name)
     if not told or any(told[-1][key] != value for key, value in event.items()):
         write_event(session.directory.journal, "gate", attempt=session.attempt, **event)
 

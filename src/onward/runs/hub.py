@@ -1,5 +1,6 @@
-"""A model that is named by an id: found in the hub's own cache, or downloaded into it. Without a network: an error at
-once, not after some minutes of attempts.
+"""A model that is named by an id: found in the hub's own cache, or downloaded into it; and one that is uploaded.
+
+Without a network: an error at once, not after some minutes of attempts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from onward.errors import OnwardError, PlanError
+from onward.errors import InputError, OnwardError, PlanError
 from onward.weights.shards import model_shards
 
 MODELSCOPE = "modelscope:"
@@ -131,3 +132,22 @@ def _not_given(name: str, error: Exception, where: str) -> PlanError:
         hint="is the name right? A model that needs an agreement needs a login: hf auth login. "
         "Or give the path of a local copy",
     )
+
+
+def push(directory: Path, hub_id: str) -> str:
+    """Upload a directory to the Hugging Face hub; its address. InputError where there is no network, or no right to."""
+    import huggingface_hub
+
+    try:
+        api = huggingface_hub.HfApi()
+        api.create_repo(hub_id, exist_ok=True)
+        api.upload_folder(repo_id=hub_id, folder_path=directory)
+    except Exception as error:  # the hub's client raises its own, its transport's and the system's kinds
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"could not be uploaded to {hub_id} ({first})",
+            where=str(directory),
+            hint="the export itself is whole. With a network and a token (hf auth login): "
+            f"hf upload {hub_id} {directory}",
+        ) from None
+    return f"{api.endpoint}/{hub_id}"

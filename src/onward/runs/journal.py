@@ -23,6 +23,11 @@ def write_event(journal: Path, event: str, **details: Any) -> None:
     append_jsonl(journal, [{"event": event, "time": now(), **details}], durable=True)
 
 
+def events_of(events: Iterable[Mapping[str, Any]], event: str, **details: Any) -> list[Mapping[str, Any]]:
+    """The events of a kind that have all these details, in the order in which they were told."""
+    return [e for e in events if e["event"] == event and all(e.get(key) == value for key, value in details.items())]
+
+
 def attempts(events: Iterable[Mapping[str, Any]]) -> int:
     """How often the run was started or continued: the number of its last attempt."""
     return max((event["attempt"] for event in events if event["event"] in ("started", "continued")), default=0)
@@ -61,8 +66,8 @@ def is_finished(events: Iterable[Mapping[str, Any]]) -> bool:
 
 def ended_early(events: Iterable[Mapping[str, Any]], stage: str) -> int | None:
     """The step at which early stopping ended the stage, if it did."""
-    steps = [event["step"] for event in events if event["event"] == "ended_early" and event["stage"] == stage]
-    return steps[-1] if steps else None
+    ends = events_of(events, "ended_early", stage=stage)
+    return ends[-1]["step"] if ends else None
 
 
 def newest_rows(rows: Iterable[dict[str, Any]]) -> dict[tuple[str, int], dict[str, Any]]:

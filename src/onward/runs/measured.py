@@ -15,13 +15,14 @@ from onward.checkpoint.save import ADAPTER_CONFIG
 from onward.files import canonical_json, digest_bytes
 from onward.plan.lock import Lock
 from onward.runs.device import release
-from onward.runs.journal import canonical_metrics, write_event
+from onward.runs.journal import canonical_metrics, events_of, write_event
 from onward.runs.micro_batch import AUTO_MICRO_BATCH, UNMEASURED, no_room
 from onward.runs.opened import Named, load_named
 from onward.runs.outputs import content_fingerprint, start_of
 
 if TYPE_CHECKING:
     from onward.runs.session import Session
+    from onward.runs.stage import LiveStage
 
 Values = dict[str, float]
 Rows = Mapping[tuple[str, int], Mapping[str, Any]]
@@ -65,7 +66,7 @@ def measurements(lock: Lock, stage: str, events: Sequence[Mapping[str, Any]], ro
     """What the run's own files tell of a stage that is evaluated. `rows`: its canonical metrics."""
     key = evaluation_key(lock, stage)
     before = rows.get((stage, 0), {}).get("evaluation")
-    outputs = [e for e in events if (e["event"], e.get("stage"), e.get("key")) == ("measured", stage, key)]
+    outputs = events_of(events, "measured", stage=stage, key=key)
     made = [e for e in events if (e["event"], e.get("stage")) in (("output", stage), ("extended", stage))]
     is_last = outputs and made and made[-1]["event"] == "output" and events.index(outputs[-1]) > events.index(made[-1])
     return Measurements(_baseline(lock, key, events, rows), before, outputs[-1]["values"] if is_last else None)
@@ -76,8 +77,8 @@ def _baseline(lock: Lock, key: str, events: Sequence[Mapping[str, Any]], rows: R
     first = lock.plan["stages"][0]
     if first["evaluate"] and first["name"] not in lock.starts and evaluation_key(lock, first["name"]) == key:
         return rows.get((first["name"], 0), {}).get("evaluation")
-    found = [event["values"] for event in events if (event["event"], event.get("key")) == ("baseline", key)]
-    return found[-1] if found else None
+    found = events_of(events, "baseline", key=key)
+    return found[-1]["values"] if found else None
 
 
 def told_of(session: Session, stage: str) -> Measurements:
@@ -102,13 +103,13 @@ def measure_output(session: Session, number: int) -> Measurements:
     stage = session.resolved.stages[number].plan
     output = session.directory.output(session.resolved.names, stage.name)
     manifest, key = read_manifest(output), evaluation_key(session.lock, stage.name)
-    what = ("measured", stage.name, key, content_fingerprint(manifest))
-    known = [e for e in session.events() if (e["event"], e.get("stage"), e.get("key"), e.get("output")) == what]
+    what = {"stage": stage.name, "output": content_fingerprint(manifest), "key": key}
+    known = session.told("measured", **what)
     if not known:
         is_adapter = (output / ADAPTER_CONFIG).exists() and not (output / "config.json").exists()
         named = Named(_base(session, number), adapter=output) if is_adapter else Named(output)
         values = _measure(session, number, named)
-        event = {"stage": stage.name, "step": manifest.step, "output": what[-1], "key": key, "values": values}
+        event = {**what, "step": manifest.step, "values": values}
         write_event(session.directory.journal, "measured", attempt=session.attempt, **event)
     found = told_of(session, stage.name)
     if not known:
@@ -148,4 +149,42 @@ def _measure(session: Session, number: int, named: Named) -> Values:
         raise no_room(error, size, f"stages.{stage.name}.micro_batch_size=") from None
     del model
     release()
+    return values
+
+
+def _count_improvement(live: LiveStage, metric: str, value: float) -> None:
+    """Early stopping, as transformers counts: better than the best before, and by more than the threshold."""
+    from onward.evaluate.measure import better
+
+    progress, early = live.training.progress, live.plan.early_stopping
+    if early is None:
+        return
+    best = progress.best[0]["value"] if progress.best else None
+    improves = best is None or (better(metric, value, best) and abs(value - best) > early.threshold)
+    progress.not_improved = 0 if improves else progress.not_improved + 1
+
+
+def measure_live(session: Session, live: LiveStage, baseline: Mapping[str, float] | None) -> dict[str, float]:
+    """Measure the live model; remember which steps were best by the first metric. `baseline` is shown beside."""
+    from onward.evaluate.measure import best_of, measure
+
+    plan = live.plan.evaluate
+    assert plan is not None and live.inputs.evaluation is not None
+    values = measure(
+        live.training.trainable.model,
+        live.inputs.encoder,
+        live.inputs.evaluation,
+        plan.metrics,
+        batch_size=live.micro_batch_size,
+        max_new_tokens=plan.max_new_tokens,
+        limit=plan.limit,
+        autocast=live.engine.autocast(),
+    )
+    progress, metric = live.training.progress, plan.metrics[0]
+    if progress.step:
+        _count_improvement(live, metric, values[metric])
+        now = {"metric": metric, "value": values[metric], "step": progress.step}
+        kept = session.resolved.loaded.plan.checkpoint.keep.best
+        progress.best = best_of([*progress.best, now], metric, max(1, kept))
+    session.view.note(f"stage {live.plan.name}, step {progress.step}: held-out {beside(values, baseline or {})}")
     return values

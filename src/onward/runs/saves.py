@@ -13,12 +13,12 @@ from onward.runs.directory import checkpoint_name
 from onward.runs.journal import write_event
 from onward.runs.outputs import base_name
 from onward.runs.pin import pins
+from onward.runs.probe import PROBE_SAMPLES
 
 if TYPE_CHECKING:
     from onward.runs.session import Session
     from onward.runs.stage import LiveStage
 
-PROBE_SAMPLES = 2
 PROBE_SHARE = 100  # samples trained for each sample probed, at least: a forward pass is a third of a step's work
 
 

@@ -12,6 +12,7 @@ from onward.files import Log
 from onward.plan.lock import Lock
 from onward.runs.account import Account
 from onward.runs.directory import RunDirectory
+from onward.runs.journal import events_of
 from onward.runs.resolve import Resolved
 from onward.runs.signals import Stopping
 from onward.runs.tally import Tally
@@ -65,9 +66,9 @@ class Session:
         with self._reading:  # a save behind the training asks too
             return list(self.journal.read_on())
 
-    def told(self, event: str, stage: str | None = None) -> bool:
-        """Does the journal have this event (of this stage)?"""
-        return any(e["event"] == event and (stage is None or e["stage"] == stage) for e in self.events())
+    def told(self, event: str, **details: Any) -> bool:
+        """Does the journal have this event, with these details?"""
+        return bool(events_of(self.events(), event, **details))
 
     def names(self) -> dict[str, Any]:
         """Which naming of parameters the checkpoints use."""
@@ -83,7 +84,7 @@ class Session:
 
     def is_comparable(self, stage: str, step: int) -> bool:
         """Was the checkpoint of this step written under the same conditions, so far as the journal tells?"""
-        wrote = [e for e in self.events() if (e["event"], e.get("stage"), e.get("step")) == ("committed", stage, step)]
+        wrote = events_of(self.events(), "committed", stage=stage, step=step)
         return not wrote or wrote[-1]["attempt"] in self.comparable_attempts()
 
     def stop_if_asked(self) -> None:

@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 from onward.checkpoint.background import Background
 from onward.checkpoint.read import Checkpoint, newest_verified
 from onward.checkpoint.save import finish_replacements
-from onward.errors import DamageError, PlanError, Refused, TrainingError
+from onward.errors import DamageError, Refused, TrainingError
 from onward.model.directory import open_model_directory
 from onward.model.recompute import recomputes
 from onward.plan.schema import Stage
-from onward.runs.journal import write_event
-from onward.runs.measured import beside, told_of
+from onward.runs.journal import events_of
+from onward.runs.measured import measure_live, told_of
 from onward.runs.micro_batch import UNMEASURED, halve, measure, no_room
 from onward.runs.outputs import Start, carried_from
+from onward.runs.probe import PROBE_SAMPLES, check_probe, require_apart
 from onward.runs.replay import recorder
 from onward.runs.resolve import select_from
-from onward.runs.saves import PROBE_SAMPLES, best_steps, report_failure, retire_superseded, save
+from onward.runs.saves import best_steps, report_failure, retire_superseded, save
 
 if TYPE_CHECKING:
     from onward.data.batches import StepBatch
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
     from onward.runs.inputs import StageInputs
     from onward.runs.session import Session
     from onward.train.loop import Training
-
-
-PACKED_PROBE = 16  # tokens of each of two texts
-PACKED_BOUND = (0.05, 1e-4)  # of the largest logit: in 16 bits, in fp32
 
 
 @dataclass
@@ -111,38 +108,16 @@ def set_up(session: Session, number: int, start: Start, checkpoint: Checkpoint |
         Background(),
     )  # fmt: skip
     if stage.packing:
-        _require_apart(live, session.resolved.loaded.where("stages", number, "packing"))
+        require_apart(live, session.resolved.loaded.where("stages", number, "packing"))
     if live.micro_batch_size == UNMEASURED:
         measure(session, live)
     if checkpoint is not None:
         put_in_place(live, checkpoint)
         checkpoint.release()
-        _check_probe(session, live)
+        check_probe(session, live)
         finish_replacements(live.checkpoints, session.lock.run_id)  # a crash may have come before this
         retire_superseded(session, live)
     return live
-
-
-def _require_apart(live: LiveStage, where: str) -> None:
-    """PlanError when this model lets the samples of a packed row see each other."""
-    import numpy as np
-    import torch
-
-    from onward.model.forward import evaluating
-    from onward.model.packed import seen_apart
-
-    ids = live.probe_batch()["input_ids"][0]
-    vision = live.inputs.encoder.vision
-    text = ids[~torch.from_numpy(np.isin(ids, vision.ids))] if vision else ids
-    model = live.training.trainable.model
-    try:
-        with evaluating(model, live.engine.autocast()):
-            far = seen_apart(model, text[:PACKED_PROBE])
-        reason = f"the samples of a packed row see each other in this model: logits are off by {far:.2g} of the largest"
-    except (TypeError, ValueError, RuntimeError) as error:
-        far, reason = 1.0, f"this model does not take packed rows ({error})"
-    if far > PACKED_BOUND[live.plan.precision == "fp32"]:
-        raise PlanError(reason, where=where, hint="say packing: false; sort_by_length: true saves most of the padding")
 
 
 def newest(session: Session, number: int, start: Start) -> Checkpoint | None:
@@ -151,7 +126,7 @@ def newest(session: Session, number: int, start: Start) -> Checkpoint | None:
     """
     stage = session.resolved.names[number]
     checkpoints = session.directory.checkpoints(session.resolved.names, stage)
-    committed = [e["step"] for e in session.events() if e["event"] == "committed" and e["stage"] == stage]
+    committed = [event["step"] for event in events_of(session.events(), "committed", stage=stage)]
     checkpoint, damages = newest_verified(checkpoints, session.lock.run_id, stage)
     for damage in damages:
         session.view.note(f"not used: {damage.path}: {damage.reason}")
@@ -193,24 +168,6 @@ def put_in_place(live: LiveStage, checkpoint: Checkpoint) -> None:
         raise DamageError("progress.json and the manifest tell different steps", where=str(checkpoint.directory))
 
 
-def _check_probe(session: Session, live: LiveStage) -> None:
-    """Under `bitwise` the probe must give what it gave when it was saved."""
-    saved, step = live.training.progress.probe, live.training.progress.step
-    if saved is None:
-        return
-    again = live.probe()
-    odd = [name.replace("_", " ") for name in saved if saved[name] != again[name]]
-    differs = f"; DIFFERENT: {' and '.join(odd)}" if odd else ""
-    session.view.note(f"probe at step {step}: loss {saved['loss']!r} when saved, {again['loss']!r} now{differs}")
-    if odd and session.tier == "bitwise" and session.is_comparable(live.plan.name, step):
-        write_event(session.directory.journal, "probe_differs", stage=live.plan.name, saved=saved, now=again)
-        raise TrainingError(
-            f"the probe of step {step} gives another {' and '.join(odd)} than when it was saved",
-            where=str(live.checkpoints),
-            hint=f"does something compute differently here? onward verify {session.directory.path} checks the bytes",
-        )
-
-
 def train_stage(session: Session, live: LiveStage) -> int:
     """Train from where the stage stands to its end or a signal; returns the steps trained. Saves at the end."""
     from onward.data.batches import step_batches
@@ -227,7 +184,7 @@ def train_stage(session: Session, live: LiveStage) -> int:
         report_failure(session, live)
 
     def evaluation(step: int) -> dict[str, float]:
-        return _evaluate(session, live, baseline)
+        return measure_live(session, live, baseline)
 
     def evaluate_at(step: int) -> bool:
         return evaluate is not None and (step in ends or (evaluate.every is not None and step % evaluate.every == 0))
@@ -277,41 +234,3 @@ def train_stage(session: Session, live: LiveStage) -> int:
     finally:
         live.saves.wait()
         report_failure(session, live)
-
-
-def _count_improvement(live: LiveStage, metric: str, value: float) -> None:
-    """Early stopping, as transformers counts: better than the best before, and by more than the threshold."""
-    from onward.evaluate.measure import better
-
-    progress, early = live.training.progress, live.plan.early_stopping
-    if early is None:
-        return
-    best = progress.best[0]["value"] if progress.best else None
-    improves = best is None or (better(metric, value, best) and abs(value - best) > early.threshold)
-    progress.not_improved = 0 if improves else progress.not_improved + 1
-
-
-def _evaluate(session: Session, live: LiveStage, baseline: Mapping[str, float] | None) -> dict[str, float]:
-    """Measure the live model; remember which steps were best by the first metric. `baseline` is shown beside."""
-    from onward.evaluate.measure import best_of, measure
-
-    plan = live.plan.evaluate
-    assert plan is not None and live.inputs.evaluation is not None
-    values = measure(
-        live.training.trainable.model,
-        live.inputs.encoder,
-        live.inputs.evaluation,
-        plan.metrics,
-        batch_size=live.micro_batch_size,
-        max_new_tokens=plan.max_new_tokens,
-        limit=plan.limit,
-        autocast=live.engine.autocast(),
-    )
-    progress, metric = live.training.progress, plan.metrics[0]
-    if progress.step:
-        _count_improvement(live, metric, values[metric])
-        now = {"metric": metric, "value": values[metric], "step": progress.step}
-        kept = session.resolved.loaded.plan.checkpoint.keep.best
-        progress.best = best_of([*progress.best, now], metric, max(1, kept))
-    session.view.note(f"stage {live.plan.name}, step {progress.step}: held-out {beside(values, baseline or {})}")
-    return values

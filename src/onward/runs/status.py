@@ -16,7 +16,7 @@ from onward.runs.begin import command_of, progress_of
 from onward.runs.directory import RunDirectory
 from onward.runs.gates import extensions_by_gate, further
 from onward.runs.hold import holder
-from onward.runs.journal import canonical_metrics, ended_early, is_finished, read_metrics
+from onward.runs.journal import canonical_metrics, ended_early, events_of, is_finished, read_metrics
 from onward.runs.measured import Measurements, beside, measurements
 from onward.runs.pin import pins
 
@@ -163,8 +163,8 @@ def _stage(
     names, name = [stage["name"] for stage in lock.plan["stages"]], plan.name
     extended = sum(extension.steps for extension in extensions_of(lock, name))
     mine = {step: row for (stage, step), row in rows.items() if stage == name}
-    began = next((event for event in events if event["event"] == "stage_started" and event["stage"] == name), None)
-    outputs = [event for event in events if event["event"] == "output" and event["stage"] == name]
+    began = next(iter(events_of(events, "stage_started", stage=name)), None)
+    outputs = events_of(events, "output", stage=name)
     handed = outputs[-1] if outputs and name in progress_of(events)[1] else None
     steps = began["steps"] + extended if began else None
     step = max(mine, default=0)
@@ -192,7 +192,7 @@ def _stage(
 def _gate(lock: Lock, plan: Stage, events: list[dict[str, Any]]) -> dict[str, Any]:
     assert plan.gate is not None
     require = [str(condition) for condition in plan.gate.conditions]
-    decisions = [event for event in events if (event["event"], event.get("stage")) == ("gate", plan.name)]
+    decisions = events_of(events, "gate", stage=plan.name)
     last = decisions[-1] if decisions and decisions[-1]["require"] == require else {}
     otherwise = plan.gate.otherwise
     return {

@@ -23,7 +23,7 @@ from onward.model.directory import open_model_directory
 from onward.plan.lock import Lock, locked_plan
 from onward.runs.directory import RunDirectory, checkpoint_name
 from onward.runs.inputs import StageInputs
-from onward.runs.journal import newest_rows, read_metrics, write_event
+from onward.runs.journal import events_of, newest_rows, read_metrics, write_event
 from onward.runs.outputs import Start, beside_base, content_fingerprint, start_of
 from onward.train.progress import Progress
 from onward.weights.merge import merge, merge_bytes
@@ -206,12 +206,11 @@ def _write_journal(
 
 def _last_of_each(events: Sequence[Mapping[str, Any]], kind: str) -> list[Mapping[str, Any]]:
     """The newest event of a kind, stage by stage."""
-    return list({event["stage"]: event for event in events if event["event"] == kind}.values())
+    return list({event["stage"]: event for event in events_of(events, kind)}.values())
 
 
 def _conditions(source: Source) -> str:
     """Those under which the checkpoint was written, as far as the journal tells."""
     starts = {e["attempt"]: e["conditions"] for e in source.events if e["event"] in ("forked", "started", "continued")}
-    place = ("committed", source.stage, source.step)
-    wrote = [e["attempt"] for e in source.events if (e["event"], e.get("stage"), e.get("step")) == place]
-    return str(starts.get(wrote[-1], "")) if wrote else ""
+    wrote = events_of(source.events, "committed", stage=source.stage, step=source.step)
+    return str(starts.get(wrote[-1]["attempt"], "")) if wrote else ""

@@ -14,7 +14,7 @@ from typing import Any
 
 from onward.checkpoint.tensorfile import CHECKSUM
 from onward.files import Hasher, digest_on, whole_lines
-from onward.runs.journal import Row, row_of
+from onward.runs.journal import Row, events_of, row_of
 
 
 @dataclass
@@ -98,7 +98,7 @@ def take_up(
 
     `newest`: of each stage with checkpoints the last one's step; `behind`: the steps that were trained elsewhere.
     """
-    told = [event["metrics"] for event in events if event["event"] == "committed" and event.get("metrics")]
+    told = [event["metrics"] for event in events_of(events, "committed") if "metrics" in event]
     usable = (one for one in reversed(told) if all(step <= newest.get(s, 0) for s, step in one["reached"].items()))
     if (last := next(usable, None)) and metrics.is_file():
         hasher, size = Hasher(CHECKSUM), last["size"]

@@ -145,9 +145,7 @@ def _is_done(session: Session, name: str) -> bool:
     total = ended_early(session.events(), name) or session.inputs[name].total_steps
     if not output.exists() or not extensions_of(session.lock, name):
         return output.exists()
-    return read_manifest(output).step == total or any(
-        (e["event"], e.get("stage"), e.get("step")) == ("committed", name, total) for e in session.events()
-    )
+    return read_manifest(output).step == total or session.told("committed", stage=name, step=total)
 
 
 def _start(session: Session, number: int) -> Start:
@@ -191,7 +189,7 @@ def _stage(session: Session, place: Place) -> int:
     number, start = place.number, place.start
     name = session.resolved.names[number]
     steps = session.inputs[name].total_steps
-    if not session.told("stage_started", name):
+    if not session.told("stage_started", stage=name):
         event = session.inputs[name].started(name, start.fingerprint)
         write_event(session.directory.journal, "stage_started", attempt=session.attempt, **event)
     output = session.directory.output(session.resolved.names, name)
