@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +27,7 @@ from onward.errors import DamageError, InputError
 
 PARTIAL = ".partial-"
 CHUNK = 1 << 20
+LARGE = 16 * CHUNK  # less is read before the threads that would read ahead have begun
 LINK = len(',"chain":"0123456789abcdef"}')
 
 
@@ -65,13 +67,27 @@ def digest_file(path: Path, algorithm: str = "sha256", keep: memoryview | None =
     """The digest of a file. `keep`, of its size, gets all of it. Of a large one the next two chunks are read while one
     is digested.
     """
-    if path.stat().st_size <= CHUNK:
-        data = path.read_bytes()
-        if keep is not None:
-            keep[:] = data
-        return digest_bytes(data, algorithm)
-    hasher, buffers = Hasher(algorithm), [memoryview(bytearray(CHUNK)) for _ in range(3)]
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(2) as readers:
+    hasher, done = Hasher(algorithm), 0
+    with path.open("rb", buffering=0) as file:
+        for chunk in (_read_ahead if path.stat().st_size > LARGE else _read)(file):
+            hasher.update(chunk)
+            if keep is not None:
+                keep[done : done + len(chunk)] = chunk
+            done += len(chunk)
+    return hasher.digest()
+
+
+def _read(file: FileIO) -> Iterator[memoryview]:
+    """A file, a chunk after the other in one memory: fresh one would have to be touched for the first time again."""
+    buffer = memoryview(bytearray(CHUNK))
+    while size := file.readinto(buffer):
+        yield buffer[:size]
+
+
+def _read_ahead(file: FileIO) -> Iterator[memoryview]:
+    """The same, while two threads read the next two chunks."""
+    buffers = [memoryview(bytearray(CHUNK)) for _ in range(3)]
+    with ThreadPoolExecutor(2) as readers:
 
         def read(number: int) -> int:
             return os.preadv(file.fileno(), [buffers[number % 3]], number * CHUNK)
@@ -80,11 +96,8 @@ def digest_file(path: Path, algorithm: str = "sha256", keep: memoryview | None =
         number = 0
         while size := ahead.popleft().result():
             ahead.append(readers.submit(read, number + 2))
-            hasher.update(buffers[number % 3][:size])
-            if keep is not None:
-                keep[number * CHUNK : number * CHUNK + size] = buffers[number % 3][:size]
+            yield buffers[number % 3][:size]
             number += 1
-    return hasher.digest()
 
 
 def canonical_json(value: Any) -> bytes:

@@ -1,7 +1,9 @@
-"""Is there memory for a copy of a state?"""
+"""Is there memory for a copy of a state? And such memory."""
 
 from __future__ import annotations
 
+import mmap
+from contextlib import suppress
 from pathlib import Path
 
 SPARE = 1 << 28  # bytes that must stay free
@@ -14,12 +16,31 @@ def has_room(size: int) -> bool:
 
 def available_memory() -> int:
     """Bytes that can be had without swapping, in this machine and in the control group that the process is in."""
-    import psutil
-
-    free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
+    free, group = _free(), Path("/sys/fs/cgroup")
     try:
         limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
         return free if limit == "max" else min(free, int(limit) - int(used))
     except (OSError, ValueError):
         return free
+
+
+def _free() -> int:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # not Linux; there too psutil would do, but its import takes as long as a save
+        import psutil
+
+        return int(psutil.virtual_memory().available)
+
+
+def fresh(size: int) -> mmap.mmap:
+    """So many bytes of memory, in large pages where there are any: small ones take longer to be touched for the first
+    time than what is put into them takes to be read and digested.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
