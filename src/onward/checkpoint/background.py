@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from onward.checkpoint.memory import has_room
 from onward.checkpoint.save import Snapshot, snapshot_bytes
-from onward.errors import OnwardError
+from onward.errors import OnwardError, memory_ended
 
 if TYPE_CHECKING:
     import torch
@@ -53,11 +53,11 @@ class Background:
             self._thread = None
 
     def failure(self) -> tuple[int, Exception] | None:
-        """The step whose save failed since the last call, and why. What is neither the disk's fault nor the user's is
+        """The step whose save failed since the last call, and why. What is not the fault of disk, memory or user is
         raised.
         """
         failure, self._failure = self._failure, None
-        if failure is not None and not isinstance(failure[1], (OSError, OnwardError)):
+        if failure and not (isinstance(failure[1], (OSError, OnwardError)) or memory_ended(failure[1])):
             raise failure[1]
         return failure
 

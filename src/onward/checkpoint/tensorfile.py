@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from onward.errors import DamageError, InputError
+from onward.errors import DamageError
 from onward.files import CHUNK, Hasher, write_back
 
 if TYPE_CHECKING:
@@ -74,9 +74,8 @@ class FileRecord:
 def dtype_name(dtype: torch.dtype) -> str:
     """safetensors' name of a torch dtype."""
     wanted = str(dtype).removeprefix("torch.")
-    for name, torch_name in TORCH_NAMES.items():
-        if torch_name == wanted:
-            return name
+    if found := next((name for name, torch_name in TORCH_NAMES.items() if torch_name == wanted), None):
+        return found
     raise ValueError(f"safetensors has no dtype for {dtype}")
 
 
@@ -220,27 +219,28 @@ class TensorFileWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._file:
-            if kind is None and self._next != len(self._specs):
-                raise ValueError(f"{self.path}: {len(self._specs) - self._next} tensors were never written")
             if kind is None:
+                if left := len(self._specs) - self._next:
+                    raise ValueError(f"{self.path}: {left} tensors were never written")
                 self._write_back()
-        if kind is None:
-            self.record = FileRecord(self.path.name, self._size, self._hasher.digest())
+                self.record = FileRecord(self.path.name, self._size, self._hasher.digest())
 
 
-def _chunks(path: Path, entry: TensorEntry) -> Iterator[bytes]:
-    left = entry.end - entry.begin
+def _chunks(path: Path, entry: TensorEntry) -> Iterator[memoryview]:
+    """The bytes of a tensor of a file, each piece in the same small memory: fresh memory faults page by page."""
+    where, left = f"{path}, tensor {entry.name}", entry.nbytes
+    buffer = memoryview(bytearray(min(CHUNK, left)))
     try:
-        with path.open("rb") as source:
-            source.seek(entry.begin)
+        with path.open("rb", buffering=0) as file:
+            file.seek(entry.begin)
             while left:
-                chunk = source.read(min(left, CHUNK))
-                if not chunk:
-                    raise DamageError("truncated", where=f"{path}, tensor {entry.name}")
-                left -= len(chunk)
-                yield chunk
+                size = file.readinto(buffer[:left])
+                if not size:
+                    raise DamageError("truncated", where=where)
+                left -= size
+                yield buffer[:size]
     except OSError as error:
-        raise InputError(f"reading tensor {entry.name} failed ({error})", where=str(path)) from None
+        raise DamageError(f"cannot be read ({error.strerror})", where=where) from None
 
 
 def write_tensors(
@@ -256,27 +256,14 @@ def write_tensors(
 
 
 def read_tensor(path: Path, entry: TensorEntry) -> torch.Tensor:
-    """One tensor of a file, into memory of its own.
-
-    Through a small buffer: a read into fresh memory faults page by page in the kernel and takes several times as long.
-    """
+    """One tensor of a file, into memory of its own."""
     import torch
 
     values = torch.empty(entry.shape, dtype=torch_dtype(entry.dtype))
-    into, where = tensor_bytes(values), f"{path}, tensor {entry.name}"
-    buffer = memoryview(bytearray(min(CHUNK, len(into))))
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(entry.begin)
-            done = 0
-            while done < len(into):
-                size = file.readinto(buffer[: len(into) - done])
-                if not size:
-                    raise DamageError("truncated", where=where)
-                into[done : done + size] = buffer[:size]
-                done += size
-    except OSError as error:
-        raise DamageError(f"cannot be read ({error.strerror})", where=where) from None
+    into, done = tensor_bytes(values), 0
+    for chunk in _chunks(path, entry):
+        into[done : done + len(chunk)] = chunk
+        done += len(chunk)
     return values
 
 
@@ -310,5 +297,4 @@ def tensor_of(content: mmap, entry: TensorEntry) -> torch.Tensor:
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a file by name, each in memory of its own."""
-    entries, _ = read_header(path)
-    return {name: read_tensor(path, entry) for name, entry in entries.items()}
+    return {name: read_tensor(path, entry) for name, entry in read_header(path)[0].items()}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from onward.checkpoint.manifest import MANIFEST, read_manifest
 from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS
 from onward.checkpoint.tensorfile import read_header
-from onward.errors import DamageError, PlanError
+from onward.errors import DamageError, PlanError, memory_ended
 from onward.files import read_json, read_jsonl
 from onward.model.directory import open_model_directory
 from onward.plan.load import plan_from
@@ -152,6 +152,8 @@ def _with_adapter(model: Any, adapter: Path) -> Any:
     try:
         wrapped = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        if memory_ended(error):
+            raise
         raise DamageError(
             f"PEFT cannot put it on this base: {str(error).splitlines()[0]}", where=str(adapter)
         ) from None

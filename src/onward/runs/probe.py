@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from onward.errors import PlanError, TrainingError
+from onward.errors import PlanError, TrainingError, memory_ended
 from onward.runs.journal import write_event
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def require_apart(live: LiveStage, where: str) -> None:
             far = seen_apart(model, text[:PACKED_PROBE])
         reason = f"the samples of a packed row see each other in this model: logits are off by {far:.2g} of the largest"
     except (TypeError, ValueError, RuntimeError) as error:
+        if memory_ended(error):
+            raise
         far, reason = 1.0, f"this model does not take packed rows ({error})"
     if far > PACKED_BOUND[live.plan.precision == "fp32"]:
         raise PlanError(reason, where=where, hint="say packing: false; sort_by_length: true saves most of the padding")
