@@ -157,9 +157,14 @@ def write_durably(path: Path, data: bytes) -> None:
     fsync(path.parent)
 
 
+def indented_json(value: Any) -> bytes:
+    """A JSON value as it stands in a file, in the order of its keys."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
-    """`write_durably` of indented JSON, in the order of the value's keys."""
-    write_durably(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    """`write_durably` of `indented_json`."""
+    write_durably(path, indented_json(value))
 
 
 def read_json(path: Path) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ from onward.checkpoint.removal import belongs_to, discard, hide, set_aside
 from onward.checkpoint.tensorfile import FileRecord, spec_of, write_tensors
 from onward.checkpoint.verify import problems_of
 from onward.errors import OnwardError, Refused
-from onward.files import committed_directory, fsync, require_space
+from onward.files import committed_directory, fsync, indented_json, require_space
 
 if TYPE_CHECKING:
     import torch
@@ -78,7 +77,8 @@ def snapshot_bytes(snapshot: Snapshot) -> int:
     if snapshot.adapter is not None:
         tensors += snapshot.adapter.tensors.values()
         values += [snapshot.adapter.config, snapshot.adapter.quantisation]
-    return sum(t.numel() * t.element_size() + 2048 for t in tensors) + sum(len(_json(v)) for v in values) + 65536
+    texts = sum(len(indented_json(value)) for value in values)
+    return sum(tensor.nbytes + 2048 for tensor in tensors) + texts + 65536
 
 
 def save_checkpoint(snapshot: Snapshot, directory: Path) -> Manifest:
@@ -162,7 +162,7 @@ def _write(snapshot: Snapshot, partial: Path) -> Manifest:
         files.append(pool.submit(write_tensors, partial / file, values, {"format": "pt"}))
 
     def tell(file: str, value: Mapping[str, Any]) -> None:
-        files.append(pool.submit(write_file, partial / file, _json(value)))
+        files.append(pool.submit(write_file, partial / file, indented_json(value)))
 
     with ThreadPoolExecutor(8) as pool:
         tell(PROGRESS, snapshot.progress)
@@ -193,7 +193,3 @@ def _write(snapshot: Snapshot, partial: Path) -> Manifest:
         optimizer=snapshot.optimizer_name,
         environment=dict(snapshot.environment),
     )
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -10,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onward.checkpoint.manifest import MANIFEST, read_manifest, write_file
+from onward.checkpoint.manifest import MANIFEST, read_manifest
 from onward.checkpoint.read import open_checkpoint
-from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS, QUANTISATION, Adapter
+from onward.checkpoint.save import ADAPTER_CONFIG, Adapter
 from onward.checkpoint.tensorfile import FileRecord, write_tensors
 from onward.checkpoint.verify import problems_of
 from onward.errors import DamageError, InputError, PlanError
@@ -23,7 +22,7 @@ from onward.foreign.xtuner_export import write_pth, xtuner_name
 from onward.model.families import Family, find_family
 from onward.model.partition import files_beside, out_of_whole, placing
 from onward.model.selection import PEFT_PREFIX
-from onward.runs.outputs import as_peft
+from onward.runs.outputs import as_peft, write_adapter
 from onward.weights.lora import for_layer
 from onward.weights.merge import merge_bytes
 from onward.weights.shards import PARTS, model_shards
@@ -171,7 +170,7 @@ def _export_trained(path: Path, trained: Trained, form: str, out: Path, base: Pa
             config["base_model_name_or_path"] = str((base or _base_of(path, adapter)).resolve())
         require_space(out, size, "the export")
         with committed_directory(out) as unfinished:
-            _write_adapter(unfinished, config, tensors, adapter.quantisation)
+            write_adapter(unfinished, config, tensors, adapter.quantisation)
             return ExportReport("PEFT adapter", str(out), {"all": len(tensors)}, _records(unfinished))
     base = base or _base_of(path, adapter)
     config = read_json(base / "config.json")
@@ -244,16 +243,7 @@ def _write_part(directory: Path, adapter: Adapter | None, held: Held) -> None:
     peft_config, tensors = as_peft(
         config, {PEFT_PREFIX + name: tensor for name, tensor in held.lora.items()}, held.full
     )
-    _write_adapter(directory, peft_config, tensors, {})
-
-
-def _write_adapter(
-    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], quantisation: Mapping[str, Any]
-) -> None:
-    for name, value in ((ADAPTER_CONFIG, config), (QUANTISATION, quantisation)):
-        if value:
-            write_file(directory / name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
-    write_tensors(directory / ADAPTER_TENSORS, tensors, {"format": "pt"})
+    write_adapter(directory, peft_config, tensors, {})
 
 
 def _base_of(path: Path, adapter: Adapter | None) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from onward.checkpoint.manifest import Manifest, write_file, write_manifest
 from onward.checkpoint.read import open_checkpoint
 from onward.checkpoint.removal import belongs_to, discard
-from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS, QUANTISATION, Adapter
-from onward.checkpoint.tensorfile import FileRecord, write_tensors
+from onward.checkpoint.save import Adapter
+from onward.checkpoint.tensorfile import FileRecord
 from onward.errors import TrainingError
 from onward.files import PARTIAL, committed_directory, require_space
 from onward.model.directory import open_model_directory
@@ -22,7 +21,7 @@ from onward.plan.schema import Stage
 from onward.runs.directory import checkpoint_name
 from onward.runs.environment import threads
 from onward.runs.journal import write_event
-from onward.runs.outputs import Start, as_peft, base_name
+from onward.runs.outputs import Start, as_peft, base_name, write_adapter
 from onward.runs.reopen import reopened_logits
 from onward.runs.stage import LiveStage, put_in_place
 from onward.weights.merge import merge, merge_bytes
@@ -177,15 +176,8 @@ def _in_parts(session: Session, result: Result, directory: Path) -> Written:
 def _adapters(session: Session, result: Result, directory: Path) -> Written:
     """What was trained, as PEFT has it."""
     config, peft_tensors = as_peft(result.config, result.adapters, result.full)
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    known = [
-        write_file(directory / ADAPTER_CONFIG, text.encode()),
-        write_tensors(directory / ADAPTER_TENSORS, peft_tensors, {"format": "pt"}),
-    ]
-    if result.quantised:
-        text = json.dumps(to_json(result.quantised), indent=2, ensure_ascii=False) + "\n"
-        known.append(write_file(directory / QUANTISATION, text.encode()))
-    return _with_template(session, directory, tuple(known)), {}
+    known = write_adapter(directory, config, peft_tensors, to_json(result.quantised) if result.quantised else {})
+    return _with_template(session, directory, known), {}
 
 
 def _with_template(session: Session, directory: Path, known: tuple[FileRecord, ...]) -> tuple[FileRecord, ...]:

@@ -8,12 +8,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from onward.checkpoint.manifest import Manifest, read_manifest, write_manifest
+from onward.checkpoint.manifest import Manifest, read_manifest, write_file, write_manifest
 from onward.checkpoint.removal import belongs_to, discard
 from onward.checkpoint.save import ADAPTER_CONFIG, ADAPTER_TENSORS, QUANTISATION
+from onward.checkpoint.tensorfile import FileRecord, read_tensors, write_tensors
 from onward.checkpoint.verify import verify_directory
 from onward.errors import DamageError
-from onward.files import PARTIAL, canonical_json, committed_directory, digest_bytes, read_json, require_space
+from onward.files import (
+    PARTIAL,
+    canonical_json,
+    committed_directory,
+    digest_bytes,
+    indented_json,
+    read_json,
+    require_space,
+)
 from onward.model.selection import PEFT_PREFIX
 from onward.plan.lock import Lock
 from onward.runs.directory import START, WHOLE, RunDirectory
@@ -117,7 +126,6 @@ def verified_output(directory: Path) -> Manifest:
 
 def carried_from(directory: Path | None) -> Carried:
     """Adapters and modules trained in full from an output of form `adapters`."""
-    from onward.checkpoint.tensorfile import read_tensors
     from onward.model.adapters import adapter_layers
     from onward.model.trainable import Carried
 
@@ -150,6 +158,15 @@ def beside_base(start: Start, checkpoint: Checkpoint) -> Carried:
         from_json(own.quantisation, str(checkpoint.directory)) if own and own.quantisation else carried.quantised
     )
     return Carried(layers, {**carried.tensors, **checkpoint.weights(), **(own.tensors if own else {})}, quantised)
+
+
+def write_adapter(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], quantisation: Mapping[str, Any]
+) -> tuple[FileRecord, ...]:
+    """The files of an adapter in a directory that is not committed yet; quantisation.json where it says something."""
+    texts = {ADAPTER_CONFIG: config, **({QUANTISATION: quantisation} if quantisation else {})}
+    files = [write_file(directory / name, indented_json(value)) for name, value in texts.items()]
+    return (*files, write_tensors(directory / ADAPTER_TENSORS, tensors, {"format": "pt"}))
 
 
 def as_peft(
