@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from onward.files import committed_directory, read_json, require_space, write_js
 from onward.foreign import llava
 from onward.foreign.converted import as_ours
 from onward.foreign.layouts import layout_of
+from onward.foreign.layouts.layout import DTYPE
 from onward.foreign.pieces import model_pieces
 from onward.model.assembly import finished, without_buffers
 from onward.model.families import find_family
@@ -49,8 +51,8 @@ def over_base(request: Request, out: Path) -> AssemblyReport:
     names: dict[str, str] = {}
     if layout is None:
         family = find_family(config, str(base / "config.json"))
-        names = family.canonical_names(stored, str(base))
-        names |= {disk: disk for disk in stored if disk not in names.values()}  # buffers stay as they are
+        canonical = {disk: name for name, disk in family.canonical_names(stored, str(base)).items()}
+        names = {canonical.get(disk, disk): disk for disk in stored}  # buffers stay as they are
         pieces = {canonical: stored[disk] for canonical, disk in names.items()}
         naming = Naming(partial(into_whole, family), lambda name: family.whole(name) or "language_model")
     else:
@@ -73,12 +75,12 @@ def over_base(request: Request, out: Path) -> AssemblyReport:
             target, written = as_ours(pieces, layout, config, base, parameter_shapes, shop.left_out)
             ours = target.config
             layout.files(base, unfinished, config, ours)
-        parts = [Part(owner_of_ours, {n: written[n] for n in mine}) for owner_of_ours, mine in _grouped(written, ours)]
+        parts = _by_module(written, ours)
         if request.dtype or layout:
-            ours = {**ours, "dtype": main_dtype(specs_of(parts, request.dtype).values())}
-            ours.pop("torch_dtype", None)
-        (unfinished / "config.json").unlink(missing_ok=True)
-        write_json(unfinished / "config.json", ours)
+            ours = {key: value for key, value in ours.items() if key not in DTYPE}
+            ours["dtype"] = main_dtype(specs_of(parts, request.dtype).values())
+            (unfinished / "config.json").unlink(missing_ok=True)
+            write_json(unfinished / "config.json", ours)
         return finished(unfinished, shop, parts)
 
 
@@ -108,10 +110,11 @@ def _replacement(shop: Workshop, pieces: Pieces, module: str, naming: Naming) ->
     return new
 
 
-def _grouped(names: Pieces, config: dict[str, Any]) -> list[tuple[str, list[str]]]:
-    """Names in files by module, each group in the order that it has."""
+def _by_module(pieces: Pieces, config: dict[str, Any]) -> list[Part]:
+    """Runs of tensors of one module, in the order that they have in the files."""
     family = find_family(config, "config.json")
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        groups.setdefault(family.whole(family.to_canonical(name)) or "language_model", []).append(name)
-    return list(groups.items())
+
+    def module(name: str) -> str:
+        return family.whole(family.to_canonical(name)) or "language_model"
+
+    return [Part(found, {name: pieces[name] for name in names}) for found, names in groupby(pieces, module)]
