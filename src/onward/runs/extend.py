@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from onward.errors import DamageError, PlanError, Refused
 from onward.files import read_jsonl
-from onward.model.selection import learning_rate_of
+from onward.model.groups import learning_rate_of
 from onward.plan.lock import Extension, Lock, extensions_of, locked_plan, write_lock
 from onward.plan.schema import Stage
 from onward.runs.account import account

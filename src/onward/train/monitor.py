@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from onward.errors import TrainingError
-from onward.model.selection import Group
+from onward.model.groups import Group
 from onward.train.progress import Progress
 
 SAMPLED = 16_384  # elements of a tensor from which its update/weight ratio is taken, evenly spread

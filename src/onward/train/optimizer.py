@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from onward.errors import DamageError, PlanError, TrainingError
-from onward.model.selection import Group
+from onward.model.groups import Group
 from onward.plan.functions import find_function
 from onward.plan.learning import Optimizer
 

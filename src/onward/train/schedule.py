@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from onward.errors import PlanError
-from onward.model.selection import Group
+from onward.model.groups import Group
 from onward.plan.learning import Schedule
 from onward.plan.lock import Extension
 from onward.plan.schema import Stage
