@@ -12,13 +12,8 @@ import torch
 
 from onward.data.batches import StepBatch
 from onward.engine.single import Single
-<<<<<<< HEAD
 from onward.errors import TrainingError, memory_ended
-from onward.model.selection import Group
-=======
-from onward.errors import TrainingError
 from onward.model.groups import Group
->>>>>>> 88740e1 (Groups are a file of their own)
 from onward.model.trainable import Trainable
 from onward.randomness import derive
 from onward.train.monitor import (
