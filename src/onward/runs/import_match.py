@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from onward.errors import InputError, Refused
@@ -188,7 +189,7 @@ def _numbers(
     """
     members = [group.members for group in training.groups if group.members]
     for rule in GROUPINGS:
-        sorted_ = [[name for name in names if rule(name, shapes[name]) == kind] for kind in range(4)]
+        sorted_ = [[name for name in names if rule(name, shapes[name], shapes) == kind] for kind in range(4)]
         parts = [part for part in sorted_ if part]
         if list(map(len, parts)) != list(map(len, members)):
             continue
@@ -203,23 +204,38 @@ def _numbers(
     )
 
 
-def _one_dimensional(name: str, shape: tuple[int, ...]) -> int:
+def _by_name(name: str, shape: tuple[int, ...], names: Collection[str]) -> int:
+    """Trainer since 4.51: biases, what is called a norm, and layers of torch's LayerNorm."""
+    return int(bool(SPARED.search(name.lower())) or _of_layer_norm(name, shape, names))
+
+
+def _by_class(name: str, shape: tuple[int, ...], names: Collection[str]) -> int:
+    """Trainer before: biases and LayerNorm, not the norms that models bring."""
+    return int(name.endswith("bias") or _of_layer_norm(name, shape, names))
+
+
+def _of_layer_norm(name: str, shape: tuple[int, ...], names: Collection[str]) -> bool:
+    return len(shape) == 1 and f"{name.removesuffix('.weight')}.bias" in names
+
+
+def _one_dimensional(name: str, shape: tuple[int, ...], names: Collection[str]) -> int:
     return int(len(shape) < 2)
 
 
-def _biases_alone(name: str, shape: tuple[int, ...]) -> int:
+def _biases_alone(name: str, shape: tuple[int, ...], names: Collection[str]) -> int:
     return int(name.endswith("bias"))
 
 
-def _all_in_one(name: str, shape: tuple[int, ...]) -> int:
+def _all_in_one(name: str, shape: tuple[int, ...], names: Collection[str]) -> int:
     return 0
 
 
-def _lora_plus(name: str, shape: tuple[int, ...]) -> int:
+def _lora_plus(name: str, shape: tuple[int, ...], names: Collection[str]) -> int:
     """PEFT's for LoRA+ (Hayou et al., 2024): A and other matrices; embeddings; B; vectors."""
     if "embed_tokens" in name:
         return 1
     return (2 if ".lora_B." in name else 0) if len(shape) > 1 else 3
 
 
-GROUPINGS = (_one_dimensional, _biases_alone, _all_in_one, _lora_plus)
+SPARED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+GROUPINGS = (_by_name, _by_class, _one_dimensional, _biases_alone, _all_in_one, _lora_plus)
