@@ -133,18 +133,26 @@ def _plan(loss_on: str, steps: int, threads: int, setting: Setting) -> dict[str,
     }
 
 
-def _steps(folder: Path, loss_on: str, steps: int, setting: Setting) -> list[list[tuple[list[int], list[int]]]]:
-    """The samples of each step, as onward orders and encodes them."""
-    from onward.data.batches import step_batches
+def prepared(folder: Path, loss_on: str) -> tuple[Any, Any]:
+    """The data and its encoder, as onward has them."""
     from onward.data.encode import load_encoder
     from onward.data.prepare import ResolvedSource, prepare
 
+    length = setting_of(folder).max_length
     encoder = load_encoder(
-        folder / "model", max_length=setting.max_length, overlong="truncate", loss_on=loss_on, date="2026-01-01"
-    )
-    data = prepare([ResolvedSource(folder / "train.jsonl")], encoder, on_bad_sample="stop")
-    batches = step_batches(
-        data, encoder, batch_size=setting.batch_size, micro_batch_size=1, seed=SEED, stage=STAGE,
-        first_step=1, last_step=steps, workers=0,
+        folder / "model", max_length=length, overlong="truncate", loss_on=loss_on, date="2026-01-01"
     )  # fmt: skip
-    return [[(m["input_ids"][0].tolist(), m["labels"][0].tolist()) for m in b.micro_batches] for b in batches]
+    return prepare([ResolvedSource(folder / "train.jsonl")], encoder, on_bad_sample="stop"), encoder
+
+
+def batches(data: Any, encoder: Any, steps: int, **how: Any) -> Any:
+    """The batches of the plan's steps; `how`: batch_size, micro_batch_size, layout."""
+    from onward.data.batches import step_batches
+
+    return step_batches(data, encoder, seed=SEED, stage=STAGE, first_step=1, last_step=steps, workers=0, **how)
+
+
+def _steps(folder: Path, loss_on: str, steps: int, setting: Setting) -> list[list[tuple[list[int], list[int]]]]:
+    """The samples of each step, as onward orders and encodes them."""
+    found = batches(*prepared(folder, loss_on), steps, batch_size=setting.batch_size, micro_batch_size=1)
+    return [[(m["input_ids"][0].tolist(), m["labels"][0].tolist()) for m in b.micro_batches] for b in found]

@@ -1,11 +1,12 @@
 """Tokens a second with packing, with length-sorting, with neither, beside Trainer and TRL: `make bench-throughput`.
 
-    python bench/throughput.py [--rounds 3] [--steps 12] [--threads 2] [--shape 30M] [--batch-size 32] [--loss-on all]
+    python bench/throughput.py [--rounds 3] [--steps 12] [--batch-size 64] [--loss-on assistant] [--only packed sorted]
 
 Real lengths: functions of the standard library and the first lines of their docstrings, none cut that has at most
 --max-length tokens. Each contender trains the same model on the same samples in each step, in a process of its own, in
 turns; they must reach the same loss. Trainer and SFTTrainer pad each micro-batch of 8 to its longest sample, which is
 what they do by default; their samples come tokenized. Tokens are counted without padding. The first steps warm up.
+Below each table stands what of onward's step is the making of its batch, from kept token ids and anew.
 Where others use the machine too, CPU seconds say more than seconds.
 """
 
@@ -13,9 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import tempfile
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,12 +29,15 @@ from loop import WARM_UP, Reading, measure, spread
 from onward.data.layout import micro_batches
 from onward.data.samples import Encoded
 
-LAYOUTS = {
-    "onward, packing": ("packed", ("stages.sft.packing=true",)),
-    "onward, length-sorting (default)": ("sorted", ("stages.sft.sort_by_length=true",)),
-    "onward, neither": ("plain", ()),
+CONTENDERS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "packed": ("onward, packing", "packed", ("stages.sft.packing=true",)),
+    "sorted": ("onward, length-sorting (default)", "sorted", ("stages.sft.sort_by_length=true",)),
+    "plain": ("onward, neither", "plain", ()),
+    "trainer": ("Trainer", "plain", ()),
+    "trl": ("TRL SFTTrainer", "plain", ()),
 }
-PEERS = {"Trainer": "trainer", "TRL SFTTrainer": "trl"}
+"""What each is called, the layout of its micro-batches, and onward's overrides."""
+PEERS = ("trainer", "trl")
 SAME_LOSS = 5e-3
 """Sums in another order, over some dozens of steps."""
 
@@ -49,16 +56,36 @@ def fill(folder: Path, loss_on: str, layout: str, size: int) -> float:
     return tokens / places
 
 
-def turns(folder: Path, loss_on: str, threads: int) -> dict[str, Reading]:
+def turns(folder: Path, loss_on: str, threads: int, contenders: Sequence[str]) -> dict[str, Reading]:
     """One round: every contender once. SystemExit when they did not reach the same loss."""
     readings = {
-        name: measure("onward", folder, loss_on, threads, *overrides) for name, (_, overrides) in LAYOUTS.items()
+        name: measure(name if name in PEERS else "onward", folder, loss_on, threads, *CONTENDERS[name][2])
+        for name in contenders
     }
-    readings |= {name: measure(contender, folder, loss_on, threads) for name, contender in PEERS.items()}
     losses = {name: reading.loss for name, reading in readings.items()}
     if max(losses.values()) - min(losses.values()) > SAME_LOSS:
         raise SystemExit(f"they did not do the same work: {losses}")
     return readings
+
+
+def making(folder: Path, loss_on: str, steps: int, tokens_a_second: float) -> str:
+    """What making a step's batch takes, of a step that trains so many tokens a second."""
+    setting = material.setting_of(folder)
+    data, encoder = material.prepared(folder, loss_on)
+    (source,) = data.sources
+    how = {"batch_size": setting.batch_size, "micro_batch_size": setting.micro_batch_size, "layout": "sorted"}
+    shares = {}
+    for name, kept in {"from kept token ids": source.kept, "anew": None}.items():
+        began = time.process_time()
+        tokens = sum(
+            batch.tokens
+            for batch in material.batches(replace(data, sources=(replace(source, kept=kept),)), encoder, steps, **how)
+        )
+        shares[name] = (time.process_time() - began, tokens / tokens_a_second)
+    return "Making a step's batch: " + ", ".join(
+        f"{1000 * seconds / steps:.1f} ms {name} ({seconds / whole:.2%} of the step)"
+        for name, (seconds, whole) in shares.items()
+    )
 
 
 def table(folder: Path, loss_on: str, rounds: Sequence[dict[str, Reading]], size: int) -> str:
@@ -70,8 +97,8 @@ def table(folder: Path, loss_on: str, rounds: Sequence[dict[str, Reading]], size
         "|---|---|---|---|---|---|",
     ]
     for name in rounds[0]:
-        layout = LAYOUTS[name][0] if name in LAYOUTS else "plain"
-        own, its = [readings[name] for readings in rounds], [readings["Trainer"] for readings in rounds]
+        title, layout, _ = CONTENDERS[name]
+        own, its = [readings[name] for readings in rounds], [readings["trainer"] for readings in rounds]
         cells = [
             f"{fill(folder, loss_on, layout, size):.0%}",
             spread([mine.per_second for mine in own], 0),
@@ -79,7 +106,7 @@ def table(folder: Path, loss_on: str, rounds: Sequence[dict[str, Reading]], size
             spread([mine.per_cpu_second / other.per_cpu_second for mine, other in zip(own, its, strict=True)], 2),
             f"{own[0].loss:.5f}",
         ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -91,7 +118,8 @@ def main() -> None:
     arguments.add_argument("--shape", choices=list(material.SHAPES), default="30M")
     arguments.add_argument("--loss-on", choices=list(material.LOSS_ON), help="default: one after the other")
     arguments.add_argument("--vocabulary", type=int, default=16384)
-    arguments.add_argument("--batch-size", type=int, default=32)
+    arguments.add_argument("--batch-size", type=int, default=64)
+    arguments.add_argument("--only", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS), help="and Trainer")
     arguments.add_argument("--max-length", type=int, default=1024)
     chosen = arguments.parse_args()
     setting = material.Setting(
@@ -101,13 +129,16 @@ def main() -> None:
     print(
         f"{platform.machine()}, threads: {chosen.threads}, Python {platform.python_version()}, {libraries}\n{setting}\n"
     )
+    contenders = [name for name in CONTENDERS if name in {*chosen.only, "trainer"}]
     with tempfile.TemporaryDirectory() as out:
         folder = Path(out)
+        os.environ["ONWARD_CACHE"] = str(folder / "cache")
         material.build(folder, steps=chosen.steps, threads=chosen.threads, setting=setting)
         for loss_on in [chosen.loss_on] if chosen.loss_on else material.LOSS_ON:
-            rounds = [turns(folder, loss_on, chosen.threads) for _ in range(chosen.rounds)]
+            rounds = [turns(folder, loss_on, chosen.threads, contenders) for _ in range(chosen.rounds)]
             print(table(folder, loss_on, rounds, setting.micro_batch_size), flush=True)
-            print()
+            fastest = max(reading.per_second for readings in rounds for reading in readings.values())
+            print(f"\n{making(folder, loss_on, chosen.steps, fastest)}\n", flush=True)
 
 
 if __name__ == "__main__":

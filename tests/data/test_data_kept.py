@@ -203,8 +203,8 @@ def test_ids_of_every_size(vocabulary, width):
     ids = np.array([0, 5, vocabulary - 1])
     trained = np.array([False, True, True])
     with kept.writing(print) as keep:
-        keep([kept.pack(0, (ids, trained)), kept.pack(1, (np.array([1 << 31]), np.array([True])))])
-        keep([kept.pack(2, (ids[::-1], ~trained))])
+        keep(kept.pack(0, [(ids, trained), (np.array([1 << 31]), np.array([True]))]))
+        keep(kept.pack(2, [(ids[::-1], ~trained)]))
     assert kept.path.stat().st_size == 3 * 16 + 2 * 3 * width
     for row, (expected, learnt) in ((0, (ids, trained)), (2, (ids[::-1], ~trained))):
         found = kept.read(row, 3)

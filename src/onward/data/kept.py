@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from onward.cache import abandon_file, begin_file, commit_file, entry, used
 from onward.data.samples import Tokens
@@ -27,12 +28,12 @@ from onward.data.samples import Tokens
 OFF = "ONWARD_CACHE_TOKENS"
 """Set to 0, no ids are kept or read."""
 PLACE = np.dtype([("begin", "<u8"), ("digest", "<u8")])
-NOWHERE = 2**64 - 1
+NOWHERE = np.uint64(2**64 - 1)
 """Where a row begins whose tokens are not kept."""
 
-Packed: TypeAlias = tuple[bytes, int]
-NOTHING: Packed = (b"", 0)
-"""Of a row whose tokens are not kept: a bad one, or one with images, whose sizes decide about its tokens."""
+Packed: TypeAlias = tuple[bytes, NDArray[np.void]]
+"""Tokens of rows one after another, and for each row PLACE, with how many bytes they are for where they begin: 0 for a
+row whose tokens are not kept, a bad one, or one with images, whose sizes decide about its tokens."""
 
 
 @dataclass
@@ -55,13 +56,19 @@ class KeptTokens:
         path = entry("tokens", key)
         return cls(path, rows, np.dtype("<u2" if vocabulary <= 1 << 15 else "<u4"), int(path.name[:16], 16))
 
-    def pack(self, row: int, tokens: Tokens) -> Packed:
-        """A row's tokens as they are kept, and their digest; nothing where an id is too large."""
-        (ids, trained), top = tokens, 8 * self.word.itemsize - 1
-        if ids.max() >> top:
-            return NOTHING
-        data = (ids | trained.astype(np.int64) << top).astype(self.word).tobytes()
-        return data, self._digest(row, data)
+    def pack(self, first: int, rows: Sequence[Tokens | None]) -> Packed:
+        """The tokens of rows from `first` on as they are kept; None, or too large an id, for a row that is not."""
+        top, data = 8 * self.word.itemsize - 1, []
+        for tokens in rows:
+            if tokens is None or tokens[0].max() >> top:
+                data.append(b"")
+            else:
+                ids, trained = tokens
+                data.append((ids | trained.astype(np.int64) << top).astype(self.word).tobytes())
+        places = np.empty(len(rows), PLACE)
+        places["begin"] = [len(of_row) for of_row in data]
+        places["digest"] = [self._digest(row, of_row) for row, of_row in enumerate(data, first)]
+        return b"".join(data), places
 
     def read(self, row: int, count: int) -> Tokens | None:
         """The `count` tokens of a row, or None: they are to be made anew."""
@@ -82,8 +89,8 @@ class KeptTokens:
         return words & ((1 << top) - 1), words >> top != 0
 
     @contextmanager
-    def writing(self, note: Callable[[str], None]) -> Iterator[Callable[[Sequence[Packed]], None]]:
-        """Takes packed rows, in order; when the block ends well, the file is there.
+    def writing(self, note: Callable[[str], None]) -> Iterator[Callable[[Packed], None]]:
+        """Takes rows, in order; when the block ends well, the file is there.
 
         Not where the disk does not take it, or it would need more than half of what is free there: `note` is told.
         """
@@ -104,15 +111,13 @@ class KeptTokens:
         except OSError as error:
             give_up(error)
 
-        def add(rows: Sequence[Packed]) -> None:
+        def add(packed: Packed) -> None:
             nonlocal row, end
             if file is None:
                 return
-            sizes = np.array([len(data) for data, _ in rows], np.uint64)
-            places = np.empty(len(rows), PLACE)
-            places["begin"] = np.where(sizes, np.cumsum(sizes) - sizes + np.uint64(end), np.uint64(NOWHERE))
-            places["digest"] = [digest for _, digest in rows]
-            data = b"".join(data for data, _ in rows)
+            data, places = packed
+            sizes = places["begin"]
+            places["begin"] = np.where(sizes, end + np.cumsum(sizes) - sizes, NOWHERE)
             try:
                 if end + len(data) > room:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -120,7 +125,7 @@ class KeptTokens:
                 _write(file, data, end)
             except OSError as error:
                 give_up(error)
-            row, end = row + len(rows), end + len(data)
+            row, end = row + len(places), end + len(data)
 
         def finish() -> None:
             if file is not None and end > begins:

@@ -21,11 +21,11 @@ from torch.utils.data import Dataset
 from onward.cache import cached_digest, remembered
 from onward.data.augment import find_augment
 from onward.data.encode import Encoder
-from onward.data.kept import NOTHING, KeptTokens, Packed
+from onward.data.kept import KeptTokens, Packed
 from onward.data.kinds import Kind
 from onward.data.order import Mix
 from onward.data.reading import Rows, recognise
-from onward.data.samples import BadSample
+from onward.data.samples import BadSample, Tokens
 from onward.data.sources import open_rows
 from onward.data.stage import SourceRows, StageData
 from onward.data.workers import made_by
@@ -164,14 +164,14 @@ def _identity(path: Path, name: str, size: int, source: ResolvedSource) -> list[
 
 @dataclass(frozen=True)
 class _Measures:
-    """Of rows in order: tokens and targets (0 for a bad one); the bad ones' row, reason, whether only too long; what is
-    kept of each.
+    """Of rows in order: tokens and targets (0 for a bad one); the bad ones' row, reason, whether only too long; what of
+    them is kept.
     """
 
     tokens: list[int]
     targets: list[int]
     bad: list[tuple[int, str, bool]]
-    packed: list[Packed]
+    packed: Packed | None
 
 
 @dataclass(frozen=True)
@@ -186,20 +186,19 @@ class _Chunks(Dataset[_Measures]):
         return -(-len(self.file) // CHUNK)
 
     def __getitem__(self, number: int) -> _Measures:
-        measures = _Measures([], [], [], [])
-        for row in range(number * CHUNK, min((number + 1) * CHUNK, len(self.file))):
-            tokens, targets, packed = 0, 0, NOTHING
+        first, last = number * CHUNK, min((number + 1) * CHUNK, len(self.file))
+        found: list[Tokens | None] = []
+        bad: list[tuple[int, str, bool]] = []
+        for row in range(first, last):
             try:
-                ids, trained = self.encoder.measure(self.file.row(row), self.file.origin(row))
-                tokens, targets = len(ids), int(trained.sum())
-                if self.kept and not self.encoder.has_images(ids):
-                    packed = self.kept.pack(row, (ids, trained))
+                found.append(self.encoder.measure(self.file.row(row), self.file.origin(row)))
             except BadSample as error:
-                measures.bad.append((row, error.reason, error.overlong))
-            measures.tokens.append(tokens)
-            measures.targets.append(targets)
-            measures.packed.append(packed)
-        return measures
+                found.append(None)
+                bad.append((row, error.reason, error.overlong))
+        counts = [(len(tokens[0]), int(tokens[1].sum())) if tokens else (0, 0) for tokens in found]
+        texts = [None if tokens is None or self.encoder.has_images(tokens[0]) else tokens for tokens in found]
+        packed = self.kept.pack(first, texts) if self.kept else None
+        return _Measures([tokens for tokens, _ in counts], [targets for _, targets in counts], bad, packed)
 
 
 def _measured(
@@ -233,7 +232,7 @@ def _measured(
                 place = slice(done, done := done + len(part.tokens))
                 tokens[place], targets[place] = part.tokens, part.targets
                 bad_rows.extend(part.bad)
-                if keep:
+                if keep and part.packed:
                     keep(part.packed)
                 if time.monotonic() - last_report > REPORT_EVERY:
                     last_report = time.monotonic()
