@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import fused_run
@@ -146,10 +147,33 @@ def test_inspect_says_what_the_plan_must(trained):
     assert "onward import BASE --out DIR" in facts["the plan's model"]
 
 
+@pytest.mark.parametrize("nonsense", [None, [], {"(": 3}, "eight", {"w1": []}])
+def test_inspect_takes_any_configuration(trained, tmp_path, nonsense):
+    source = tmp_path / "checkpoint-6"
+    shutil.copytree(trained("qwen") / f"trainer/checkpoint-{SAVED}", source)
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": nonsense, "alpha_pattern": nonsense, "lora_dropout": nonsense}
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    assert "shared_a: [q_proj, k_proj, v_proj]" in inspect(source).facts["the plan's train"]
+
+
+def test_a_state_that_has_no_rows_is_not_taken_apart(trained, tmp_path):
+    """Adafactor's of a fused B: what it knows of columns and of the whole is no part's."""
+    source = tmp_path / f"x/trainer/checkpoint-{SAVED}"
+    shutil.copytree(trained("qwen"), tmp_path / "x")
+    optimizer = torch.load(source / "optimizer.pt", weights_only=True)
+    for state in optimizer["state"].values():
+        squares = state.pop("exp_avg_sq")
+        del state["exp_avg"]
+        state |= {"step": 6, "RMS": 0.1, "exp_avg_sq_row": squares.mean(-1), "exp_avg_sq_col": squares.mean(0)}
+    for group in optimizer["param_groups"]:
+        group |= {"scale_parameter": False, "relative_step": False, "decay_rate": -0.8, "clip_threshold": 1.0}
+    torch.save(optimizer, source / "optimizer.pt")
+    with pytest.raises(Refused, match=r"c_attn\.lora_B.* cannot be taken apart"):
+        bring(tmp_path / "x", tmp_path, overrides=["stages.only.optimizer={name: adafactor}"])
+
+
 def test_without_its_optimizer_a_stage_starts_from_the_weights(trained, tmp_path):
     """The fused adapter folded in, whole layers in their places: the logits are the original's."""
-    import shutil
-
     import peft
     import transformers
     from safetensors.torch import load_file
@@ -170,8 +194,6 @@ def test_without_its_optimizer_a_stage_starts_from_the_weights(trained, tmp_path
 
 def test_killed_after_the_import_nothing_changes(trained, tmp_path):
     """Left alone and interrupted: the same bits, the A and its moments among them."""
-    import shutil
-
     from onward.runs.diff import diff
     from onward.train import loop
 

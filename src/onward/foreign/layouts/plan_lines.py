@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ def plan_facts(
     tensors: Mapping[str, Lazy], adapter: Mapping[str, Any], base: str, settings: Settings | None = None
 ) -> dict[str, str]:
     """The facts of a description that say it; none for a training in a layout of our own. `adapter` is PEFT's
-    configuration, `settings` XTuner's.
+    configuration, `settings` XTuner's; without either the files do not tell what of all that they hold was trained.
     """
     if not any(map(is_foreign, tensors)):
         return {}
@@ -34,7 +35,8 @@ def plan_facts(
             f"{{family: llava, language_model: DIR, vision_tower: {tower or 'CLIP'}, projector: new, "
             f"vision_feature_layer: {'N' if layer is None else layer}}}"
         )
-    return {"the plan's model": f"{model}, {made}", "the plan's train": _train(tensors, adapter, settings)}
+    facts = {"the plan's model": f"{model}, {made}"}
+    return facts | {"the plan's train": _train(tensors, adapter, settings)} if adapter or settings else facts
 
 
 def _train(tensors: Mapping[str, Lazy], adapter: Mapping[str, Any], settings: Settings | None) -> str:
@@ -48,7 +50,7 @@ def _train(tensors: Mapping[str, Lazy], adapter: Mapping[str, Any], settings: Se
                 module = "embed_tokens"
             if place.kind is None:
                 full[module] = None
-            elif place.kind == "lora_A":
+            elif place.kind == "lora_A" and tensor.shape:
                 adapted.setdefault(module, {})[place.layer] = (place, tensor.shape[0])
     lines = [f"{module}: {{mode: full}}" for module in full]
     for module, layers in adapted.items():
@@ -81,17 +83,24 @@ def _adapters(module: str, layers: Mapping[str, tuple[Place, int]], config: Mapp
     """The keys of one module's adapters."""
     yield "mode: lora"
     yield from _common("rank", {layer: rank for layer, (_, rank) in layers.items()})
-    if (alpha := config.get("lora_alpha")) is not None:
-        patterns = config.get("alpha_pattern")
-        yield from _common("alpha", {n: for_layer(p.theirs, patterns, alpha) for n, (p, _) in layers.items()})
-    else:
-        yield "alpha: ALPHA"
-    yield from (f"{ours}: {config[theirs]:g}" for theirs, ours in (("lora_dropout", "dropout"),) if config.get(theirs))
-    yield from (f"{key}: true" for key in ("use_rslora", "use_dora") if config.get(key))
+    alphas = {layer: _alpha(place.theirs, config) for layer, (place, _) in layers.items()}
+    known = {layer: alpha for layer, alpha in alphas.items() if isinstance(alpha, int | float)}
+    yield from _common("alpha", known) if known else ["alpha: ALPHA"]
+    if isinstance(dropout := config.get("lora_dropout"), int | float) and dropout:
+        yield f"dropout: {dropout:g}"
+    yield from (f"{key}: true" for key in ("use_rslora", "use_dora") if config.get(key) is True)
     if module != "lm_head":
         yield f"targets: [{', '.join(_last(layers))}]"
     if split := _last(layer for layer, (place, _) in layers.items() if place.is_split):
         yield f"shared_a: [{', '.join(split)}]"
+
+
+def _alpha(layer: str, config: Mapping[str, Any]) -> Any:
+    patterns = config.get("alpha_pattern")
+    try:
+        return for_layer(layer, patterns if isinstance(patterns, dict) else None, config.get("lora_alpha"))
+    except (re.error, TypeError):  # no pattern
+        return None
 
 
 def _common(key: str, values: Mapping[str, float]) -> Iterable[str]:
