@@ -4,8 +4,8 @@
 
 First a small native Qwen2 is trained by Trainer to step 20 of 60, as DeepKE's scripts do, and onward goes on from its
 checkpoint: moments, step count and learning rates are the source's. Then CHECKPOINT, a Trainer checkpoint over BASE, a
-first-generation Qwen with adapters on fused layers, is merged exactly, and a new stage starts from weights; its own
-training could go on as well (docs/checkpoints.md). Without arguments: the samples beside the repository, if there.
+first-generation Qwen with adapters on fused layers, goes on as well: the base is converted, and q, k and v keep sharing
+one A. Without arguments: the samples beside the repository, if there.
 """
 
 from __future__ import annotations
@@ -57,21 +57,12 @@ def main(
     if not (checkpoint.is_dir() and base.is_dir()):
         print(f"\n{checkpoint} is not there: a first-generation Qwen is not taken")
         return
-    print(
-        "\n5. A first-generation Qwen, with an adapter on fused layers: merged exactly, then a new stage from weights"
-    )
+    print("\n5. A first-generation Qwen, with adapters on fused layers: its training goes on too")
     onward(out, "inspect", checkpoint.resolve())
-    onward(
-        out,
-        "assemble",
-        "--base",
-        base.resolve(),
-        "--adapter",
-        f"language_model={checkpoint.resolve()}",
-        "--out",
-        "qwen",
-    )
-    onward(out, "run", "from-weights.yaml", "--run", "run-from-weights")
+    onward(out, "import", base.resolve(), "--out", "qwen")
+    accepted = ("--accept", "loss", "--accept", "data_order")
+    onward(out, "import", checkpoint.resolve(), "--plan", "fused.yaml", "--run", "run-fused", *accepted)
+    onward(out, "run", "fused.yaml", "--run", "run-fused")
 
 
 def onward(where: Path, *words: object) -> None:

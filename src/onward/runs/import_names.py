@@ -11,7 +11,7 @@ from onward.checkpoint.save import Adapter
 from onward.errors import InputError, Refused
 from onward.foreign.contents import LORA, is_adapter, part_of
 from onward.foreign.layouts import is_foreign
-from onward.foreign.layouts.places import Cut, Grown, Original, original_of, places_of, plain_name
+from onward.foreign.layouts.places import Original, cut, grown, original_of, places_of, plain_name
 from onward.foreign.layouts.rules import Rows
 from onward.foreign.names import onward_name
 from onward.foreign.stored import Lazy
@@ -36,8 +36,8 @@ class Theirs:
         """Our part of a tensor that is shaped as theirs; of a count of steps all."""
         if not tensor.shape:
             return tensor
-        part = Cut(tensor, self.rows) if self.rows else tensor
-        return Grown(part, self.more) if self.more else part
+        part = cut(tensor, self.rows) if self.rows else tensor
+        return grown(part, self.more) if self.more else part
 
 
 def original(training: ForeignTraining, model: ModelDirectory, where: str) -> Original | None:

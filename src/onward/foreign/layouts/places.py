@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,46 +56,37 @@ def places_of(name: str, rules: Sequence[Rule], where: str) -> Iterator[Place]:
 
 
 @dataclass(frozen=True)
-class Cut:
-    """Some rows of a tensor that is read when it is asked for."""
+class Made:
+    """What is made of a tensor when it is asked for."""
 
     whole: Lazy
-    rows: Rows
+    shape: tuple[int, ...]
+    make: Callable[[torch.Tensor], torch.Tensor]
 
     @property
     def dtype(self) -> str:
         return self.whole.dtype
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        first, *rest = self.whole.shape
-        return (self.rows.count(first, "a fused layer"), *rest)
-
     def read(self) -> torch.Tensor:
-        return self.rows.of(self.whole.read())
+        return self.make(self.whole.read())
 
 
-@dataclass(frozen=True)
-class Grown:
+def cut(whole: Lazy, rows: Rows) -> Made:
+    """Some rows of a tensor."""
+    first, *rest = whole.shape
+    return Made(whole, (rows.count(first, "a fused layer"), *rest), rows.of)
+
+
+def grown(whole: Lazy, more: int) -> Made:
     """A tensor with `more` rows, each the mean of its own: as `assemble` makes room for a token of images."""
 
-    whole: Lazy
-    more: int
-
-    @property
-    def dtype(self) -> str:
-        return self.whole.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        first, *rest = self.whole.shape
-        return (first + self.more, *rest)
-
-    def read(self) -> torch.Tensor:
+    def make(value: torch.Tensor) -> torch.Tensor:
         import torch
 
-        value = self.whole.read()
-        return torch.cat([value, *[value.float().mean(dim=0, keepdim=True).to(value.dtype)] * self.more])
+        return torch.cat([value, *[value.float().mean(dim=0, keepdim=True).to(value.dtype)] * more])
+
+    first, *rest = whole.shape
+    return Made(whole, (first + more, *rest), make)
 
 
 @dataclass(frozen=True)
