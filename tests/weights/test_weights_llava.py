@@ -99,6 +99,29 @@ def test_its_images_are_padded_to_squares(place: dict, tmp_path: Path) -> None:
     assert np.abs(vision.read([image])["pixel_values"][0] - wanted).max() < 1e-5
 
 
+def test_its_lora_stage_is_put_together_by_the_printed_command(place: dict, tmp_path: Path) -> None:
+    """An adapter, and beside it what was trained in full: `inspect` of either names both, the bases and the tower."""
+    generator = torch.Generator().manual_seed(1)
+    lora = made.lora_of(
+        place["text"][0], ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.up_proj"], [4], generator
+    )
+    source, root = tmp_path / "llava-lora", place["root"]
+    made.write_adapter(source, lora, 8, base=str(root / "llm"))
+    names = {f"base_model.model.model.mm_projector.{name}": tensor for name, tensor in place["projector"].items()}
+    made.write(source / "non_lora_trainables.bin", names, pickled=True)
+    config = {"model_type": "llava_llama", "mm_vision_tower": str(root / "clip"), "mm_vision_select_layer": -3}
+    (source / "config.json").write_text(json.dumps({**config, "hidden_act": "silu", "image_aspect_ratio": "pad"}))
+    assert inspect(source).next_command == inspect(source / "non_lora_trainables.bin").next_command
+    words = shlex.split(inspect(source).next_command or "")
+    assert main([str(tmp_path / "ours") if word == "DIR" else word for word in words[1:]]) == 0
+    model = load(tmp_path / "ours")
+    text = made.add(place["text"][0], lora, 8, False)
+    expected = made.by_hand(text, place["text"][1], *place["vision"], place["projector"], layer=-3, strategy="default")
+    ours = made.logits(model, model.config.image_token_id, 16)[:, : place["text"][1].vocab_size]
+    assert torch.allclose(ours, made.logits(expected, 3, 16), atol=1e-5)
+    assert json.loads((tmp_path / "ours/preprocessor_config.json").read_text())["do_pad"]
+
+
 def test_llava_1_6_with_its_row_ends_and_its_own_tower(place: dict, tmp_path: Path) -> None:
     import transformers
 

@@ -6,14 +6,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from onward.errors import InputError
+from onward.files import read_json
 from onward.foreign.description import command
 
 VISION = r"(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?"
 PROJECTOR = r"(?:model\.)?mm_projector\."
 NEWLINE = "image_newline"  # of LLaVA-NeXT (1.6): what stands at the end of a row of patches
+REST = "non_lora_trainables.bin"
 WRAPPER = r"^(?:base_model\.model\.)?"  # PEFT's, which non_lora_trainables.bin has in its names
 
 
@@ -69,6 +72,19 @@ def assemble_command(directory: str, config: Mapping[str, Any], names: Iterable[
     parts = [f"language_model={directory}", f"vision_tower={config.get('mm_vision_tower') or 'CLIP'}"]
     parts += [f"projector={directory}", *(("--family", "llava_next") if ("projector", NEWLINE) in own else ())]
     trained = ["--adapter", f"vision_tower={directory}"] if any(module == "vision_tower" for module, _ in own) else []
+    return command("assemble", *parts, *trained, "--out", "DIR")
+
+
+def trained_command(file: Path) -> str:
+    """What takes `mm_projector.bin` or `non_lora_trainables.bin`, with the adapter beside it: LLaVA's configuration
+    there names the tower, and the adapter its base; what stands nowhere is in capitals.
+    """
+    beside = [file.parent / name for name in ("config.json", "adapter_config.json")]
+    config, adapter = (read_json(path) if path.is_file() else {} for path in beside)
+    tower = config.get("mm_vision_tower") if is_llava_config(config) else None
+    base = adapter.get("base_model_name_or_path") or (config.get("_name_or_path") if tower else None)
+    parts = (f"language_model={base or 'LLM'}", f"vision_tower={tower or 'CLIP'}", f"projector={file}")
+    trained = ("--adapter", f"language_model={file.parent}") if file.name == REST else ()
     return command("assemble", *parts, *trained, "--out", "DIR")
 
 

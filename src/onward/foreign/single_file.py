@@ -10,6 +10,7 @@ from onward.errors import OnwardError
 from onward.foreign import mmengine
 from onward.foreign.contents import is_adapter, part_of, weights_facts
 from onward.foreign.description import Description, command
+from onward.foreign.llava import REST, trained_command
 from onward.foreign.parts import weights_command
 from onward.foreign.pickle_tensors import LazyTensor
 from onward.foreign.pickle_values import Stub
@@ -53,16 +54,15 @@ def _tensors(path: Path, tensors: Mapping[str, Lazy], others: int) -> Descriptio
     kind, tool, cause = "tensors", "a state dict of torch", None
     is_part = any((path.parent / name).is_file() for name in ("config.json", "adapter_config.json"))
     next_command = command("inspect", path.parent) if is_part else import_command(path, None)
-    parts_of = ("assemble", "language_model=LLM", "vision_tower=CLIP", f"projector={path}")
     if path.suffix == ".safetensors":
         tool = "safetensors"
     if parts == {"projector"}:
         kind, cause = "projector", "the first stage of a LLaVA trains and saves the projector alone"
         tool = "LLaVA" if any("mm_projector" in name for name in tensors) else tool
-        next_command = command(*parts_of, "--out", "DIR")
-    elif path.name == "non_lora_trainables.bin":
+        next_command = trained_command(path)
+    elif path.name == REST:
         kind, tool = "modules trained in full beside adapters", "LLaVA"
-        next_command = command(*parts_of, "--adapter", f"language_model={path.parent}", "--out", "DIR")
+        next_command = trained_command(path)
     elif any(name.startswith(("llm.", "visual_encoder.", "projector.")) for name in tensors):
         kind, tool = "weights of a LLaVA, what was trained of it", "XTuner (plain state dict)"
         next_command = weights_command(path, tensors) or next_command
