@@ -219,3 +219,53 @@ def test_the_schedule_alone_may_be_missing(place, tmp_path):
     accept = ["data_order", "schedule"]
     report = import_training(source, place / "plan.yaml", tmp_path / "run", [], accept=accept, note=lambda _: None)
     assert report.step == SAVED and not report.weights_only
+
+
+@pytest.mark.parametrize(("corrects", "told"), [(True, "decays after its step"), (False, "does not correct")])
+def test_the_adamw_of_older_transformers_is_told(place, tmp_path, corrects, told):
+    def older(value):
+        for group in value["param_groups"]:
+            group["correct_bias"] = corrects
+        for state in value["state"].values():
+            state["step"] = int(state["step"])
+
+    source = changed(place, tmp_path / "checkpoint-6", optimizer=older)
+    assert inspect(source).continues_exactly == corrects
+    assert told in refusal(place, source, tmp_path / "run", accept=())
+
+
+def test_names_that_wrappers_left_are_found(place, tmp_path):
+    """torch.compile's, FSDP's and activation checkpointing's, anywhere in a name."""
+    from onward.checkpoint.tensorfile import write_tensors
+
+    source = changed(place, tmp_path / "checkpoint-6")
+    tensors = read_tensors(source / "adapter_model.safetensors")
+    (source / "adapter_model.safetensors").unlink()
+    wrapped = {
+        name.replace(".layers.0.", ".layers.0._checkpoint_wrapped_module.").replace(
+            "base_model.model.model.", "base_model.model._orig_mod.model._fsdp_wrapped_module."
+        ): tensor
+        for name, tensor in tensors.items()
+    }
+    write_tensors(source / "adapter_model.safetensors", wrapped, {"format": "pt"})
+    report = import_training(
+        source, place / "plan.yaml", tmp_path / "run", [], accept=["data_order"], note=lambda _: None
+    )
+    assert report.step == SAVED
+
+
+def test_shards_that_are_missing_leave_the_weights_beside_them(place, tmp_path):
+    """DeepSpeed inside Trainer, of which another machine's ranks were not copied."""
+    from zero_shards import make_tensors, write_zero
+
+    source = changed(place, tmp_path / "checkpoint-6")
+    (source / "optimizer.pt").unlink()
+    write_zero(source / "global_step6", make_tensors(), 2, 2, without=(1,))
+    found = inspect(source)
+    assert not found.continues_exactly and "1 of 2 ranks" in found.missing[0]
+    assert found.next_command.partition("  #")[0].endswith("--run RUN --accept optimizer")
+    assert "1 of 2 ranks" in refusal(place, source, tmp_path / "run", accept=())
+    report = import_training(
+        source, place / "plan.yaml", tmp_path / "run", [], accept=["optimizer"], note=lambda _: None
+    )
+    assert report.weights_only

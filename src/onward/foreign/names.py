@@ -9,7 +9,7 @@ from onward.errors import InputError
 from onward.foreign.contents import LORA, MAGNITUDE
 from onward.weights.lora import PREFIX
 
-WRAPPED = re.compile(r"^(module\.|_orig_mod\.)+")
+WRAPPED = re.compile(r"^module\.|(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 XTUNER = (  # what its wrappers of LLaVA and InternVL have, as transformers' classes call it
     (re.compile(r"^(llm|model\.language_model(?=\.(?:base_model|model|lm_head)\.))\."), "language_model."),
     (re.compile(r"^visual_encoder\."), "vision_tower."),

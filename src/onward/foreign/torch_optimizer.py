@@ -84,6 +84,8 @@ def _unread(states: Mapping[int, Mapping[str, Any]], groups: Sequence[Mapping[st
     is_adam = name.rpartition(".")[2] == "Adam" or any(g.get("decoupled_weight_decay") is False for g in groups)
     if decays and is_adam and _kinds(states) == ("adamw",):
         return "Adam, whose weight decay goes through the moments: onward has AdamW"
+    if any(group.get("correct_bias") is False for group in groups):
+        return "an AdamW that does not correct its moments for their start, which onward has not"
     odd = ("maximize", "amsgrad", "relative_step", "scale_parameter", "dampening")
     if flag := next((flag for group in groups for flag in odd if group.get(flag)), None):
         return f"an optimizer with {flag}, which onward has not"
@@ -147,6 +149,7 @@ def group_settings(groups: Sequence[Any]) -> dict[str, Any]:
         "optimizer.eps": as_rate(first.get("eps")),
         "optimizer.momentum": as_rate(first.get("momentum")),
         "optimizer.nesterov": first.get("nesterov"),
+        "optimizer.correct_bias": first.get("correct_bias"),
     }
     settings: dict[str, Any] = {key: value for key, value in named.items() if value is not None}
     betas = first.get("betas")

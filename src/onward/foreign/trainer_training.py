@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from onward.errors import DamageError
+from onward.errors import DamageError, OnwardError
 from onward.foreign import deepspeed
 from onward.foreign.contents import as_step
 from onward.foreign.schedules import TrainerSchedule, next_steps
@@ -30,13 +30,15 @@ def training_of(files: TrainerFiles) -> ForeignTraining:
     """The training in files that were opened already."""
     if files.problems:
         raise DamageError(files.problems[0], where=str(files.path))
-    shards = deepspeed.open_training(files.deepspeed) if files.deepspeed else None
+    shards, broken = _shards(files)
     held = read_optimizer(files.optimizer, str(files.path))
     scale = scale_of(files.scaler) or (shards.loss_scale if shards else None)
     done = _done(files, scaled=scale is not None)
     settings = _settings(files)
     rates = _rates(files, settings, done)
-    counted = f"{files.step - done} steps that overflowed count"
+    otherwise = [("steps", f"{files.step - done} steps that overflowed count")] if done < files.step else []
+    if "optimizer.correct_bias" in held.settings:
+        otherwise.append(("optimizer", "transformers' own AdamW of then (adamw_hf), which decays after its step"))
     by_number = shards or held
     return ForeignTraining(
         tool="Hugging Face Trainer" + (" with DeepSpeed" if shards else ""),
@@ -48,16 +50,28 @@ def training_of(files: TrainerFiles) -> ForeignTraining:
         decays=shards.decays if shards else {},
         peaks=shards.peaks if shards else {},
         optimizers=shards.optimizers if shards else held.kinds,
-        unread=by_number.unread,
+        unread=broken or by_number.unread,
         learning_rates=[rates[step] for step in sorted(rates) if step <= done + 3],
         later_rates={step: rate for step, rate in rates.items() if step > done + 3},
         settings={**held.settings, **(shards.settings if shards else {}), **settings},
-        otherwise=[("steps", counted)] if done < files.step else [],
+        otherwise=otherwise,
         adapter=files.adapter,
         loss=_loss(files),
         epoch=as_rate(files.state.get("epoch")),
         loss_scale=scale,
     )
+
+
+def _shards(files: TrainerFiles) -> tuple[ForeignTraining | None, str | None]:
+    """What the ZeRO directory inside holds, or what is wrong with it where the weights lie outside of it too."""
+    if files.deepspeed is None:
+        return None, None
+    try:
+        return deepspeed.open_training(files.deepspeed), None
+    except OnwardError as error:
+        if not files.weights.tensors:
+            raise
+        return None, str(error)
 
 
 def _done(files: TrainerFiles, *, scaled: bool) -> int:
