@@ -15,7 +15,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -121,7 +121,8 @@ def write_back(file: BinaryIO, begin: int, end: int) -> None:
     """
     file.flush()
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # a system without it
+            os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What metrics.jsonl holds, counted once: each commit tells how far it was whole then, by a digest of all until there.
 
-So a start takes up the count where the newest commit left it, and reads the rows behind it alone: it costs the same at
-step 10 and at step 10 million.
+So a start takes up the count where the newest commit left it, and reads the rows behind it alone: of 100,000 rows the
+digest takes a few milliseconds, and reading each of them half a second.
 """
 
 from __future__ import annotations
