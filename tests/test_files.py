@@ -1,15 +1,18 @@
-"""JSON lines: appended by several processes, torn by a crash, altered by anything."""
+"""Digests; JSON lines: appended by several processes, torn by a crash, altered by anything."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import multiprocessing
+import os
 import random
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
 
+from onward import files
 from onward.errors import DamageError
 from onward.files import append_jsonl, read_jsonl, read_lines
 
@@ -94,3 +97,29 @@ def test_processes_take_turns(tmp_path: Path) -> None:
     assert not altered
     for name in range(4):
         assert [row["row"] for row in rows if row["from"] == name] == list(range(200))
+
+
+@pytest.mark.parametrize("large", [files.LARGE, files.CHUNK])
+@pytest.mark.parametrize("size", [0, 1, files.CHUNK - 1, files.CHUNK, 3 * files.CHUNK + 5])
+def test_the_digest_of_a_file_small_and_read_ahead(tmp_path, monkeypatch, size, large):
+    monkeypatch.setattr(files, "LARGE", large)
+    data = random.Random(size).randbytes(size)
+    path, kept = tmp_path / "file", bytearray(size)
+    path.write_bytes(data)
+    assert files.digest_file(path, keep=memoryview(kept)) == f"sha256:{hashlib.sha256(data).hexdigest()}"
+    assert kept == data
+    hasher = files.Hasher()
+    for begin in range(0, size, size // 3 + 1):
+        files.digest_on(hasher, path, begin, min(size, begin + size // 3 + 1))
+    assert hasher.digest() == files.digest_file(path)
+
+
+def test_a_system_that_takes_no_advice_writes_all_the_same(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"all")
+        files.write_back(file, 0, 3)
+        assert (tmp_path / "file").read_bytes() == b"all"
