@@ -11,10 +11,10 @@ from onward.checkpoint.tensorfile import read_header
 from onward.errors import DamageError, InputError, PlanError
 from onward.files import read_json
 from onward.foreign.pickles import is_pickle, read_state_dict
-from onward.foreign.stored import Lazy
+from onward.foreign.stored import Lazy, open_file, stored_in
 from onward.weights.lora import open_adapter
 from onward.weights.pieces import Piece, Pieces, stored_pieces
-from onward.weights.shards import INDEX, SINGLE, Shard, model_shards, read_weight_map
+from onward.weights.shards import INDEX, SINGLE, Shard, model_shards
 
 ADAPTER_BIN = "adapter_model.bin"
 PICKLE, PICKLE_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -57,22 +57,12 @@ def model_pieces(model: Path) -> dict[str, Piece]:
         if len(packed) > 1:
             raise InputError(f"which of them is it: {', '.join(p.name for p in packed)}?", where=str(model))
         return file_pieces(packed[0])
-    if (model / PICKLE).exists():
-        return lazy_pieces(read_state_dict(model / PICKLE), model / PICKLE)
-    if not (model / PICKLE_INDEX).exists():
+    if not has_weights(model):
         raise InputError(f"holds no weights (neither {SINGLE}, {PICKLE} nor an index of shards)", where=str(model))
-    index = read_weight_map(model / PICKLE_INDEX)
-    tensors: dict[str, Piece] = {}
-    for file in sorted(set(index.values())):
-        if not (model / file).exists():
-            raise DamageError(f"missing, though {PICKLE_INDEX} names it", where=str(model / file))
-        for name, tensor in lazy_pieces(read_state_dict(model / file), model / file).items():
-            if index.get(name) != file:
-                raise DamageError(f"tensor {name} is not where {PICKLE_INDEX} says", where=str(model / file))
-            tensors[name] = tensor
-    if missing := sorted(index.keys() - tensors.keys()):
-        raise DamageError(f"tensor {missing[0]} is missing", where=str(model / index[missing[0]]))
-    return tensors
+    found = stored_in(model, ("pytorch_model",))
+    if found.problems:
+        raise DamageError(found.problems[0], where=str(model))
+    return {name: piece for file in found.files for name, piece in lazy_pieces(open_file(file), file).items()}
 
 
 def file_pieces(path: Path) -> dict[str, Piece]:

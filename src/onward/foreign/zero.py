@@ -7,7 +7,7 @@ masters and of both moments, flat, group by group in the order of `param_shapes`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from onward.errors import DamageError, InputError
@@ -113,60 +113,54 @@ def _zero12(files: ZeroFiles, where: str) -> dict[str, dict[str, Lazy]]:
     for number, shapes in enumerate(shapes_of(files)):
         padded = paddings[number] if isinstance(paddings, list) and number < len(paddings) else []
         padded = padded if isinstance(padded, list) and len(padded) == len(shapes) else [0] * len(shapes)
-        offset = 0
+        group, offset = [rank[number] for rank in flats], 0
+        lengths = [rank[MASTER].shape[0] for rank in group]  # as the masters have them: moments are padded
         for (name, shape), padding in zip(shapes.items(), padded, strict=True):
-            size, step = math.prod(shape), flats[0][number]["step"]
-            found[name] = {
-                slot: Joined(tuple(_sliced([rank[number] for rank in flats], slot, offset, size, name, where)), shape)
-                for slot in SLOTS
-            } | {"step": step}
+            size = math.prod(shape)
+            found[name] = {"step": group[0]["step"]}
+            for slot in SLOTS:
+                pieces = _stretch([rank[slot] for rank in group], lengths, offset, size, where)
+                found[name][slot] = _joined(pieces, shape, name, where)
             offset += size + padding
     return found
 
 
-def _sliced(
-    ranks: Sequence[Mapping[str, Any]], slot: str, offset: int, size: int, name: str, where: str
-) -> Iterator[LazyTensor]:
-    """A stretch of the buffer that the ranks' slices make up. How long they are the masters say: moments are padded."""
-    begin, left = 0, size
-    for rank in ranks:
-        length = rank[MASTER].shape[0]
-        low, high = max(offset, begin), min(offset + size, begin + length)
-        if low < high:
-            left -= high - low
-            yield cut(rank[slot], low - begin, high - low, f"{where}, {name}")
-        begin += length
-    if left:
-        raise DamageError(f"the ranks' masters are shorter than {name}", where=where)
-
-
 def _zero3(files: ZeroFiles, where: str) -> dict[str, dict[str, Lazy]]:
-    """Every rank holds the same share of each parameter, padded, one parameter after the other."""
+    """Every rank holds the same share of each parameter, padded, one parameter after the other over its flat groups."""
     flats = _flat_states(files, where)
+    lengths = [[group[MASTER].shape[0] for group in rank] for rank in flats]
     found: dict[str, dict[str, Lazy]] = {}
     offset = 0
     for name, shape in [item for group in shapes_of(files) for item in group.items()]:
         size = -(-math.prod(shape) // files.ranks)
-        found[name] = {}
+        found[name] = {"step": flats[0][0]["step"]}
         for slot in SLOTS:
-            pieces = [p for rank in flats for p in _across([group[slot] for group in rank], offset, size, where)]
-            if sum(piece.shape[0] for piece in pieces) < math.prod(shape):
-                raise DamageError(f"the ranks' masters are shorter than {name}", where=where)
-            found[name][slot] = Joined(tuple(pieces), shape)
-        found[name]["step"] = flats[0][0]["step"]
+            shares = [
+                _stretch([group[slot] for group in rank], long, offset, size, where)
+                for rank, long in zip(flats, lengths, strict=True)
+            ]
+            found[name][slot] = _joined((piece for share in shares for piece in share), shape, name, where)
         offset += size
     return found
 
 
-def _across(groups: Sequence[LazyTensor], begin: int, size: int, where: str) -> Iterator[LazyTensor]:
-    """A stretch of a rank's flat groups, which may lie across two of them."""
-    passed = 0
-    for group in groups:
-        length = group.shape[0]
-        low, high = max(begin, passed) - passed, min(begin + size, passed + length) - passed
+def _stretch(
+    flats: Sequence[LazyTensor], lengths: Sequence[int], offset: int, size: int, where: str
+) -> Iterator[LazyTensor]:
+    """`size` elements from `offset` on, of flat tensors one after the other."""
+    begin = 0
+    for flat, length in zip(flats, lengths, strict=True):
+        low, high = max(offset, begin), min(offset + size, begin + length)
         if low < high:
-            yield cut(group, low, high - low, where)
-        passed += length
+            yield cut(flat, low - begin, high - low, where)
+        begin += length
+
+
+def _joined(pieces: Iterable[LazyTensor], shape: tuple[int, ...], name: str, where: str) -> Joined:
+    pieces = tuple(pieces)
+    if sum(piece.shape[0] for piece in pieces) < math.prod(shape):
+        raise DamageError(f"the ranks' masters are shorter than {name}", where=where)
+    return Joined(pieces, shape)
 
 
 def cut(flat: LazyTensor, begin: int, size: int, where: str) -> LazyTensor:
