@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from onward.errors import Refused
+from onward.errors import DamageError, Refused
 from onward.files import make_directories
 
 HEARTBEAT = 10.0  # seconds between signs of life
@@ -24,7 +24,7 @@ _HELD: set[Path] = set()  # by this process: a record lock does not keep a proce
 def hold(path: Path, note: Callable[[str], None]) -> Iterator[None]:
     """Hold the run while the block runs.
 
-    Refused when another process holds it; an abandoned hold is taken over, and said.
+    Refused when another process holds it; an abandoned hold is taken over, and said. DamageError for a directory there.
 
     On one host the kernel decides: a record lock, which ends with its process and which data-loader workers do not
     inherit, so that one of them left over does not keep a run closed. Across hosts the heartbeat (the file's mtime)
@@ -33,7 +33,10 @@ def hold(path: Path, note: Callable[[str], None]) -> Iterator[None]:
     if path.resolve() in _HELD:
         _refuse(path, {"host": socket.gethostname(), "process": os.getpid()}, "is running")
     make_directories(path.parent)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except IsADirectoryError:
+        raise DamageError("is a directory", where=str(path), hint="move it away: a file is made anew") from None
     try:
         mine = {"host": socket.gethostname(), "process": os.getpid()}
         other = _holder(descriptor)
