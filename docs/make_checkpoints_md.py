@@ -62,6 +62,15 @@ run whose first stage has a checkpoint at the source's step; from there it is a 
 | place in the data | the step's place in onward's own order of the plan's data: `--accept data_order`, always, since no tool's order is onward's |
 | random state | no: dropout draws from the seed, stage and step |
 
+Held by tests, fp32, dropout 0, the same batches: ten steps further the weights are those of the tool itself within 1e-6. Trainer 5 (full, part of a model, LoRA with
+`modules_to_save`, rsLoRA, DoRA, LoRA+, patterns of ranks; each optimizer and schedule of above; safetensors, `.bin`, shards), DeepSpeed ZeRO 1, 2 and 3 of one and two ranks, DeepSpeed inside Trainer, and files as XTuner lays them out, whose other side is torch's AdamW. Of fused layers Trainer 5 with PEFT on models that have
+Qwen's and InternLM2's own layers (adapters with whole embeddings and head, ranks and alphas by layer, full training), and Trainer 4.40 with Qwen's and Qwen-VL's own code: two steps after its checkpoint, its weights and gradient norms.
+
+A source without an optimizer's state starts a new stage *from weights*: its adapters and whole tensors are folded into the plan's model, and the stage begins at step 0.
+
+DeepSpeed's directories: ZeRO 1, 2 and 3 of any number of ranks, with frozen parameters, several groups, round-robin or elastic; without ZeRO in fp32; universal ones. Refused, with the reason: tensor- or pipeline-parallel
+DeepSpeed and its experts; without ZeRO in 16 bits, where the masters have no names; a shard set that is not whole; a projector of another depth than 2; FSDP's and DCP's sharded optimizer states (DCP is told, with torch's own command that makes one file of it).
+
 ### Models that are converted, adapters on fused layers
 
 Trainings of models that [`onward import`](importing.md) converts go on in what it makes of the base: rows of weights and of moments go where the layers went, by the layout's own order where the
@@ -73,17 +82,10 @@ In the plan `shared_a: [q_proj, k_proj, v_proj]` keeps it single ([what that mea
   the plan's train: {language_model: {mode: lora, rank: 8, alpha: 16, targets: [q_proj, k_proj, v_proj, o_proj, up_proj, gate_proj], shared_a: [q_proj, k_proj, v_proj]}}
 ```
 
-A plan without `shared_a` is refused with the line that is missing. A base that was quantised with double quantisation while it was fused is not the same bits when its parts are (`mode: qlora`): the scales'
-mean is taken over a layer.
+A plan without `shared_a` is refused with the line that is missing. The states of AdamW, SGD and Lion are taken apart by rows; Adafactor's and those in 8 bits are not, and say so.
 
-Held by tests, fp32, dropout 0, the same batches: ten steps further the weights are those of the tool itself within 1e-6. Trainer 5 (full, part of a model, LoRA with
-`modules_to_save`, rsLoRA, DoRA, LoRA+, patterns of ranks; each optimizer and schedule of above; safetensors, `.bin`, shards), DeepSpeed ZeRO 1, 2 and 3 of one and two ranks, DeepSpeed inside Trainer, and files as XTuner lays them out, whose other side is torch's AdamW. Of fused layers Trainer 5 with PEFT on models that have
-Qwen's and InternLM2's own layers (adapters with whole embeddings and head, ranks and alphas by layer, full training), and Trainer 4.40 with Qwen's and Qwen-VL's own code: two steps after its checkpoint, its weights and gradient norms.
-
-A source without an optimizer's state starts a new stage *from weights*: its adapters and whole tensors are folded into the plan's model, and the stage begins at step 0.
-
-DeepSpeed's directories: ZeRO 1, 2 and 3 of any number of ranks, with frozen parameters, several groups, round-robin or elastic; without ZeRO in fp32; universal ones. Refused, with the reason: tensor- or pipeline-parallel
-DeepSpeed and its experts; without ZeRO in 16 bits, where the masters have no names; a shard set that is not whole; a projector of another depth than 2; FSDP's and DCP's sharded optimizer states (DCP is told, with torch's own command that makes one file of it).
+No file of PEFT's says that the base was quantised. A base in GPTQ's bits is unpacked by `onward import` to the very values that it trained on. What bitsandbytes' NF4 made of a fused layer differs a little from what it
+makes of the three (`mode: qlora`), where it quantised twice, since the scales' mean is taken over a layer: 0.3 % of the weights on the sample, where NF4 itself takes 9 %.
 
 ## What `inspect` says of real ones
 
