@@ -63,7 +63,7 @@ run whose first stage has a checkpoint at the source's step; from there it is a 
 | random state | no: dropout draws from the seed, stage and step |
 
 Held by tests, fp32, dropout 0, the same batches: ten steps further the weights are those of the tool itself within 1e-6. Trainer 5 (full, part of a model, LoRA with
-`modules_to_save`, rsLoRA, DoRA, LoRA+, patterns of ranks; each optimizer and schedule of above; safetensors, `.bin`, shards), DeepSpeed ZeRO 1, 2 and 3 of one and two ranks, DeepSpeed inside Trainer, and files as XTuner lays them out, whose other side is torch's AdamW. Of fused layers Trainer 5 with PEFT on models that have
+`modules_to_save`, rsLoRA, DoRA, LoRA+, patterns of ranks; each optimizer and schedule of above; safetensors, `.bin`, shards), DeepSpeed ZeRO 1, 2 and 3 of one and two ranks, DeepSpeed inside Trainer, and files as XTuner lays them out, whose other side is torch's AdamW. Of fused layers Trainer 5 with PEFT (DeepSpeed inside it too) on models that have
 Qwen's and InternLM2's own layers (adapters with whole embeddings and head, ranks and alphas by layer, full training), and Trainer 4.40 with Qwen's and Qwen-VL's own code: two steps after its checkpoint, its weights and gradient norms.
 
 A source without an optimizer's state starts a new stage *from weights*: its adapters and whole tensors are folded into the plan's model, and the stage begins at step 0.

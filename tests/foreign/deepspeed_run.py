@@ -1,4 +1,4 @@
-"""Trains with DeepSpeed on CPUs, one process a rank: torchrun deepspeed_run.py DIRECTORY STAGE [trainer]. Dropout 0.
+"""Trains with DeepSpeed on CPUs, one process a rank: torchrun THIS DIRECTORY STAGE [trainer | fused]. No dropout.
 
 Over onward's own batches, in fp32; saves after step 6 as DIRECTORY/zero/global_step6 and after the last one as
 global_step16, or as Hugging Face's Trainer does, which then drives it.
@@ -52,7 +52,8 @@ def main(directory: Path, stage: int) -> None:
             engine.save_checkpoint(str(directory / "zero"), tag=f"global_step{step + 1}")
 
 
-def by_trainer(directory: Path, stage: int) -> None:
+def by_trainer(directory: Path, stage: int, kind: str) -> None:
+    import fused_run
     import trainer_run
 
     auto = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -62,9 +63,12 @@ def by_trainer(directory: Path, stage: int) -> None:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
     }
-    trainer_run.train(directory, "full", deepspeed=config)
+    if kind == "fused":
+        fused_run.train(directory, "internlm2", deepspeed=config)
+    else:
+        trainer_run.train(directory, "full", deepspeed=config)
 
 
 if __name__ == "__main__":
-    run = by_trainer if sys.argv[3:] == ["trainer"] else main
-    run(Path(sys.argv[1]), int(sys.argv[2]))
+    place, stage, *kind = sys.argv[1:]
+    by_trainer(Path(place), int(stage), *kind) if kind else main(Path(place), int(stage))

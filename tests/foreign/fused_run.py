@@ -172,7 +172,7 @@ def make_place(directory: Path, kind: str) -> Path:
     return directory
 
 
-def train(directory: Path, kind: str) -> Path:
+def train(directory: Path, kind: str, **more: object) -> Path:
     """Train all steps as the plan says, with Trainer on the original layout."""
     import peft
     import transformers
@@ -188,4 +188,4 @@ def train(directory: Path, kind: str) -> Path:
     if kind in ADAPTERS:
         torch.manual_seed(1)
         model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=6, **ADAPTERS[kind]))
-    return trainer_run.fit(model, directory)
+    return trainer_run.fit(model, directory, **more)

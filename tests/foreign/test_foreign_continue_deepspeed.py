@@ -76,3 +76,20 @@ def test_deepspeed_inside_trainer(tmp_path):
     ours = read_tensors(tmp_path / "run/stages/1-only/output/model.safetensors")
     theirs = read_tensors(place / "trainer/final/model.safetensors")
     assert all(float((theirs[name] - ours[name]).abs().max()) < 1e-6 for name in theirs)
+
+
+def test_adapters_on_fused_layers_inside_trainer(tmp_path):
+    """As Qwen's finetune.py trains with its configurations of DeepSpeed: masters and moments by name."""
+    import fused_run
+    from test_foreign_continue_fused import fused
+
+    place = fused_run.make_place(tmp_path / "x", "internlm2")
+    train(place, 2, 1, "fused")
+    source = place / f"trainer/checkpoint-{SAVED}"
+    assert inspect(source).continues_exactly
+    import_training(source, place / "plan.yaml", tmp_path / "run", [], accept=["data_order"], note=lambda _: None)
+    onward.run(place / "plan.yaml", directory=tmp_path / "run")
+    ours = fused(read_tensors(tmp_path / "run/stages/1-only/output/adapter_model.safetensors"), "internlm2")
+    theirs = read_tensors(place / "trainer/final/adapter_model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(float((theirs[name] - ours[name]).abs().max()) < 1e-6 for name in theirs)
