@@ -6,6 +6,8 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,6 +54,8 @@ def chat(arguments: argparse.Namespace) -> int:
     for image in arguments.image:
         opened.show(Path(image))
     if is_talk:
+        with suppress(ImportError):
+            import_module("readline")  # so that input() knows arrow keys and what was said before
         print(HELP)
         talk(opened, input)
     elif arguments.json:
