@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 
 from onward.checkpoint.manifest import MANIFEST, read_manifest
@@ -35,12 +34,12 @@ def inspect(path: Path) -> Description:
 def _unknown(path: Path) -> Description:
     """Nothing that onward knows; a directory may hold something that it does, one level down."""
     if path.is_file():
-        holds, question = {"holds": f"{path.stat().st_size:,} bytes"}, None
+        holds, words = {"holds": f"{path.stat().st_size:,} bytes"}, None
         if path.suffix in (".yaml", ".yml"):
-            question = f"is it a plan? onward check {shlex.quote(str(path))}"
+            words = command("check", path, note="if it is a plan")
         elif path.suffix in (".jsonl", ".json", ".parquet"):
-            question = "is it data? a stage of a plan names it: data: " + str(path)
-        return Description(str(path), "not recognised", "no checkpoint", holds, missing=NOTHING, next_command=question)
+            words = command("check", "PLAN", note=f"if it is data, with `data: {path}` in a stage of PLAN")
+        return Description(str(path), "not recognised", "no checkpoint", holds, missing=NOTHING, next_command=words)
     inside = sorted(path.iterdir())
     known = {item: found for item in inside[:50] if (found := _known(item)) and found.missing != NOTHING}
     facts = {"holds": [f"{item.name} ({found.kind})" for item, found in known.items()]}
@@ -66,14 +65,14 @@ def _run(path: Path) -> Description:
     stages = [
         f"{stage.name} {stage.state}" + (f" at step {stage.step}" if stage.step else "") for stage in found.stages
     ]
-    outputs = [shlex.quote(stage.output) for stage in found.stages if stage.output]
+    outputs = [stage.output for stage in found.stages if stage.output]
     return Description(
         str(path),
         f"run, {found.state}",
         "onward",
         {"run id": found.run_id, "model": found.model, "stages": stages, "attempts": found.attempts},
         continues_exactly=True,
-        next_command=found.next_command or (f"onward chat {outputs[-1]}" if outputs else f"onward status {path}"),
+        next_command=found.next_command or (command("chat", outputs[-1]) if outputs else command("status", path)),
     )
 
 
