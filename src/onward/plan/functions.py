@@ -23,7 +23,11 @@ def find_function(name: str) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise PlanError(f"{name} is not found ({error})", hint="write it as module:function") from None
+        places = f"modules are looked for in {Path.cwd()} and among what is installed"
+        hint = places if function_name else "write it as module:function"
+        raise PlanError(f"{name} is not found ({error})", hint=hint) from None
+    except Exception as error:  # whatever a module of the user's raises
+        raise PlanError(f"{module_name} cannot be imported ({type(error).__name__}: {error})") from None
     if not callable(function):
         raise PlanError(f"{name} is not a function")
     return function  # type: ignore[no-any-return]

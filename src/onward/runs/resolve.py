@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,12 +55,9 @@ def resolve(loaded: LoadedPlan, starts: Collection[str] = ()) -> Resolved:
     """
     model = open_model_directory(model_directory(loaded))
     problems: list[str] = []
-    stages = []
-    template = None
-    try:
+    selections, template = [], None
+    with _noted(problems):
         template = chat_template_of(loaded)
-    except PlanError as error:
-        problems.append(str(error))
     carried: dict[str, LoraLayer] = {}
     carried_full: set[str] = set()
     quantised: dict[str, Quantisation] = {}
@@ -67,8 +65,9 @@ def resolve(loaded: LoadedPlan, starts: Collection[str] = ()) -> Resolved:
         where = {key: loaded.where("stages", number, "train", key) for key in stage.train}
         if stage.name in starts:
             carried, carried_full, quantised = {}, set(), {}
-        try:
+        with _noted(problems):
             selection = select_from(model, stage, where)
+            selections.append(selection)
             _fits_what_is_carried(selection, carried, quantised, where)
             if stage.output.form != "adapters":
                 carried, carried_full, quantised = {}, set(), {}
@@ -77,19 +76,30 @@ def resolve(loaded: LoadedPlan, starts: Collection[str] = ()) -> Resolved:
                 carried |= {layer.layer: layer for layer in selection.lora}
                 carried_full |= set(selection.full)
                 _fits_in_an_adapter(model, carried, carried_full, loaded.where("stages", number, "output"))
-            evaluation = stage.evaluate.data if stage.evaluate else ()
-            sources = tuple(_source(loaded, s, ("stages", number, "data", i)) for i, s in enumerate(stage.data))
-            measured = tuple(
-                _source(loaded, s, ("stages", number, "evaluate", "data", i)) for i, s in enumerate(evaluation)
-            )
+        for key, sources in (("data",), stage.data), (("evaluate", "data"), _held_out(stage)):
+            for index, source in enumerate(sources):
+                with _noted(problems):
+                    _require_files(loaded, source, loaded.where("stages", number, *key, index))
+        with _noted(problems):
             _require_metrics(stage, loaded.where("stages", number, "evaluate", "metrics"))
+        with _noted(problems):
             require_device(loaded, number, stage)
-            stages.append(ResolvedStage(stage, selection, sources, measured))
-        except PlanError as error:
-            problems.append(str(error))
     if problems:
         raise PlanError("\n".join(problems))
+    stages = [
+        ResolvedStage(stage, selection, _sources(loaded, stage.data), _sources(loaded, _held_out(stage)))
+        for stage, selection in zip(loaded.plan.stages, selections, strict=True)
+    ]
     return Resolved(loaded, model, tuple(stages), template)
+
+
+@contextmanager
+def _noted(problems: list[str]) -> Iterator[None]:
+    """A mistake in the block is one of `problems`; the search for others goes on."""
+    try:
+        yield
+    except PlanError as error:
+        problems.append(str(error))
 
 
 def select_from(
@@ -159,19 +169,33 @@ def _found(loaded: LoadedPlan, name: str, where: str) -> Path:
         raise PlanError(error.message, where=error.where, hint=meant or error.hint) from None
 
 
-def _source(loaded: LoadedPlan, source: Source, key: tuple[str | int, ...]) -> ResolvedSource:
+def _held_out(stage: Stage) -> tuple[Source, ...]:
+    return stage.evaluate.data if stage.evaluate else ()
+
+
+def _require_files(loaded: LoadedPlan, source: Source, where: str) -> None:
     from onward.data.sources import find_files
 
-    path = loaded.resolve(source.path)
     try:
-        find_files(path)
+        find_files(loaded.resolve(source.path))
     except PlanError as error:
-        raise PlanError(f"{error.message}: {error.where}", where=loaded.where(*key), hint=error.hint) from None
+        raise PlanError(f"{error.message}: {error.where}", where=where, hint=error.hint) from None
+
+
+def _sources(loaded: LoadedPlan, sources: Sequence[Source]) -> tuple[ResolvedSource, ...]:
     from onward.data.prepare import ResolvedSource  # takes seconds
 
-    columns = tuple(source.columns.items())
-    return ResolvedSource(
-        path, source.repeat, source.weight, source.augment, source.fingerprint, source.format, columns
+    return tuple(
+        ResolvedSource(
+            loaded.resolve(source.path),
+            source.repeat,
+            source.weight,
+            source.augment,
+            source.fingerprint,
+            source.format,
+            tuple(source.columns.items()),
+        )
+        for source in sources
     )
 
 
