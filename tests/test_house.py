@@ -1,5 +1,6 @@
 """The house rules that tools can hold: layers, dependencies, and documents that say what is there."""
 
+import importlib.util
 import re
 import subprocess
 import tomllib
@@ -55,6 +56,15 @@ def test_architecture_lists_the_layers_that_are_held():
     held = [re.findall(r"\w+", layer) for layer in contract["layers"]]
     rows = re.findall(r"^\| (`.+?) \|", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE)
     assert [set(re.findall(r"\w+", row)) for row in rows] == [set(layer) for layer in held]
+
+
+def test_architecture_lists_every_module():
+    """Else: .venv/bin/python docs/make_architecture_md.py"""
+    spec = importlib.util.spec_from_file_location("make_architecture_md", ROOT / "docs/make_architecture_md.py")
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    text = (ROOT / "docs/architecture.md").read_text()
+    assert made.page(text) == text, "run .venv/bin/python docs/make_architecture_md.py"
 
 
 @pytest.mark.parametrize("dependency", [*RUNTIME, *EXTRAS])

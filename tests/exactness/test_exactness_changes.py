@@ -161,7 +161,8 @@ ELSEWHERE = {  # what this plan cannot say, or has one value alone; what decides
     "engine.name", "chat_template", "stages.*.data.*.columns.*", "stages.*.evaluate.data.*.columns.*",
     "stages.*.evaluate.data.*.weight", "stages.*.output.base_values", "model.family", "model.language_model",
     "model.vision_tower", "model.projector", "model.image_token", "model.vision_feature_layer",
-    "model.vision_feature_select_strategy", "model.projector_hidden_act", "model.image_processor", "model.precision",
+    "model.vision_feature_select_strategy", "model.projector_hidden_act", "model.image_processor",
+    "model.image_aspect_ratio", "model.precision",
 }  # fmt: skip
 
 
