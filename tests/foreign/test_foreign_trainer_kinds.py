@@ -269,3 +269,24 @@ def test_shards_that_are_missing_leave_the_weights_beside_them(place, tmp_path):
         source, place / "plan.yaml", tmp_path / "run", [], accept=["optimizer"], note=lambda _: None
     )
     assert report.weights_only
+
+
+@whole
+def test_biases_that_are_trained_beside_adapters_go_on(tmp_path):
+    """PEFT's bias: lora_only; Trainer's and PEFT's merged model beside onward's."""
+    import peft
+    import transformers
+
+    place = trainer_run.make_place(tmp_path / "x", "lora", model="qwen2")
+    trainer_run.train(place, "lora", adapters={"bias": "lora_only"})
+    biases = "'.*(q_proj|v_proj)\\.bias': {mode: full}"
+    adapters = f"language_model: {{mode: lora, rank: 4, alpha: 6, {TARGETS}}}"
+    said = [f"{STAGE}train={{{adapters}, {biases}}}", f"{STAGE}output=merged"]
+    source = place / f"trainer/checkpoint-{SAVED}"
+    import_training(source, place / "plan.yaml", tmp_path / "run", said, accept=["data_order"], note=lambda _: None)
+    onward.run(place / "plan.yaml", said, directory=tmp_path / "run")
+    base = transformers.AutoModelForCausalLM.from_pretrained(place / "model", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, place / "trainer/final").merge_and_unload()
+    ours = read_tensors(tmp_path / "run/stages/1-only/output/model.safetensors")
+    for name, parameter in theirs.named_parameters():
+        assert torch.allclose(ours[name], parameter.detach(), rtol=0, atol=1e-6), name

@@ -92,7 +92,8 @@ def scales(training: ForeignTraining, names: Mapping[str, Theirs]) -> dict[str, 
     adapters = {name: training.weights[theirs.name] for name, theirs in names.items() if is_adapter(name)}
     if training.adapter and adapters:
         stand_ins: Mapping[str, Any] = {names[name].peft: tensor for name, tensor in adapters.items()}
-        added = changes_of(Adapter(training.adapter, stand_ins)).added
+        config = {**training.adapter, "bias": "none"}  # biases that PEFT trains beside are tensors in full here
+        added = changes_of(Adapter(config, stand_ins)).added
         return {
             adapted(name).removesuffix(".weight"): added[adapted(names[name].peft)].scale
             for name in adapters

@@ -154,15 +154,17 @@ def import_training(
 
 def _selection(resolved: Resolved) -> tuple[Selection, list[str]]:
     """What the first stage trains, and the order in which a tool that wraps the same class counts parameters: an
-    adapter's A and B come after the weight that they adapt.
+    adapter's A and B come after the weight that they adapt, and its bias.
     """
     from onward.model.shapes import parameter_shapes
 
     stage, model = resolved.stages[0].plan, resolved.model
     where = {key: resolved.loaded.where("stages", 0, "train", key) for key in stage.train}
     selection = select_from(model, stage, where)
-    adapters = {f"{layer.layer}.weight": layer.names for layer in selection.lora}
-    order = [n for name in parameter_shapes(dict(model.config)) for n in (name, *adapters.get(name, ()))]
+    names = parameter_shapes(dict(model.config))
+    ends = {layer: "bias" if f"{layer}.bias" in names else "weight" for layer in (one.layer for one in selection.lora)}
+    adapters = {f"{layer.layer}.{ends[layer.layer]}": layer.names for layer in selection.lora}
+    order = [n for name in names for n in (name, *adapters.get(name, ()))]
     return selection, order
 
 
