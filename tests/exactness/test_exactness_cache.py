@@ -112,13 +112,7 @@ def small_chunks() -> None:
 
 @pytest.mark.parametrize(
     ("name", "call", "after"),
-    [
-        ("_write", 1, False),
-        ("_write", 4, False),
-        ("_write", 5, True),
-        ("commit_file", 1, False),
-        ("commit_file", 1, True),
-    ],
+    [("_write", 1, False), ("_write", 4, True), ("commit_file", 1, False), ("commit_file", 1, True)],
 )
 def test_killed_while_they_are_written(
     plan: Path, anew: Path, kept: Path, tmp_path: Path, name: str, call: int, after: bool

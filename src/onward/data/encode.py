@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -90,7 +91,9 @@ class Encoder:
         """The tokens that `encode` will give; image files are not decoded. BadSample likewise."""
         rendered, conversation = self._rendered(row, origin)
         sizes = [image_size(image, origin) for image in conversation.images]
-        return self._tokens(self._expand(rendered, self._replacements(sizes, origin), origin), origin)
+        with _accepting(origin):
+            replacements = self.vision.replacements(sizes) if self.vision else []
+        return self._tokens(self._expand(rendered, replacements, origin), origin)
 
     def sample(self, tokens: Tokens, origin: Origin, images: dict[str, NDArray[np.generic]] | None = None) -> Encoded:
         """The sample of these tokens and the image processor's arrays."""
@@ -155,19 +158,9 @@ class Encoder:
         if not conversation.images or self.vision is None:
             return {}, []
         images = [load_image(image, origin) for image in conversation.images]
-        replacements = self._replacements([(image.height, image.width) for image in images], origin)
-        try:
+        with _accepting(origin):
+            replacements = self.vision.replacements([(image.height, image.width) for image in images])
             return self.vision.read(images), replacements
-        except (ValueError, TypeError, ZeroDivisionError) as error:  # one pixel wide, say
-            raise bad(origin, f"the image processor refuses an image: {error}") from None
-
-    def _replacements(self, sizes: Sequence[tuple[int, int]], origin: Origin) -> list[str]:
-        if self.vision is None:
-            return []
-        try:
-            return self.vision.replacements(sizes)
-        except (ValueError, TypeError, ZeroDivisionError) as error:
-            raise bad(origin, f"the image processor refuses an image: {error}") from None
 
     def _expand(self, rendered: Rendered, replacements: Sequence[str], origin: Origin) -> Rendered:
         if self.vision is None:
@@ -208,6 +201,15 @@ class Encoder:
                 f"nothing to learn is left in its first {limit} tokens" if len(ids) == limit else "nothing to learn",
             )
         return ids, trained
+
+
+@contextmanager
+def _accepting(origin: Origin) -> Iterator[None]:
+    """BadSample where the image processor does not take an image: one pixel wide, say."""
+    try:
+        yield
+    except (ValueError, TypeError, ZeroDivisionError) as error:
+        raise bad(origin, f"the image processor refuses an image: {error}") from None
 
 
 def load_encoder(
