@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from onward.errors import DamageError
 from onward.files import append_jsonl
 from onward.runs.tally import Tally, take_up
 
@@ -69,7 +70,11 @@ def test_rows_that_are_lost_are_missed(metrics: Path) -> None:
     list(taken.read_on())
     assert (taken.missing("align", 3), taken.missing("sft", 7), taken.altered) == ([], [5, 6, 7], [])
     metrics.unlink()
-    assert take_up(metrics, [told], {"sft": 7}, {}).missing("sft", 2) == [1, 2]
+    gone = take_up(metrics, [told], {"align": 3, "sft": 7}, {})
+    assert list(gone.read_on()) == [] and gone.missing("sft", 2) == [1, 2]
+    metrics.mkdir()
+    with pytest.raises(DamageError, match="cannot be read"):
+        list(take_up(metrics, [told], {"align": 3, "sft": 7}, {}).read_on())
 
 
 def test_rows_of_steps_that_are_trained_again_are_read(metrics: Path) -> None:

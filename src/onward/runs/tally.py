@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -100,10 +101,11 @@ def take_up(
     """
     told = [event["metrics"] for event in events_of(events, "committed") if "metrics" in event]
     usable = (one for one in reversed(told) if all(step <= newest.get(s, 0) for s, step in one["reached"].items()))
-    if (last := next(usable, None)) and metrics.is_file():
-        hasher, size = Hasher(CHECKSUM), last["size"]
-        digest_on(hasher, metrics, 0, size)
+    if last := next(usable, None):
+        hasher = Hasher(CHECKSUM)
+        with suppress(OSError):  # who reads the lines tells of it
+            digest_on(hasher, metrics, 0, last["size"])
         if hasher.digest() == last["digest"]:
             found = {key: last[key] for key in ("reached", "size", "lines", "starts")}
-            return Tally(metrics, **found, hasher=hasher, hashed=size)
+            return Tally(metrics, **found, hasher=hasher, hashed=last["size"])
     return Tally(metrics, dict(behind))
