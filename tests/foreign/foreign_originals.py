@@ -47,7 +47,8 @@ def language_config(kind: str, chance: random.Random, vocabulary: int, **changes
         names = {"internlm2": "InternLM2", "phi3": "Phi3", "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}
         config = {
             "architectures": [f"{names[kind]}ForCausalLM"], "num_key_value_heads": kv, "hidden_act": "silu",
-            "max_position_embeddings": 64, "rms_norm_eps": chance.choice((1e-5, 1e-6)), "tie_word_embeddings": False,
+            "max_position_embeddings": 64, "rms_norm_eps": chance.choice((1e-5, 1e-6)),
+            "tie_word_embeddings": chance.random() < 0.2,
             "rope_theta": chance.choice((10000, 1000000.0)), "rope_scaling": None, "bos_token_id": 1, "eos_token_id": 2,
         }  # fmt: skip
     if kind == "internlm2":

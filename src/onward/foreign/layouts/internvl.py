@@ -127,7 +127,7 @@ def _text(config: Config, source: Path) -> tuple[dict[str, Any], tuple[str, ...]
         return {key: value for key, value in text.items() if key != "architectures"}, limits
     if kind not in NATIVE_TEXT or given is None:
         raise InputError(
-            f"model_type: {kind!r} inside InternVL is not converted: only internlm2, {' and '.join(NATIVE_TEXT)} were "
+            f"model_type: {kind!r} inside InternVL is not converted: only internlm2, {', '.join(NATIVE_TEXT)} were "
             "compared with their own code",
             where=where,
         )
@@ -232,6 +232,8 @@ def write_files(source: Path, out: Path, config: Config, converted: Config) -> l
     write_generation_config(source, out)
     notes = convert_text_tokenizer(source, out)
     tokenizer = read_json(out / "tokenizer_config.json")
+    if isinstance(listed := tokenizer.get("extra_special_tokens"), list):  # the newest versions' word for them
+        tokenizer["additional_special_tokens"] = listed
     write_json(out / "tokenizer_config.json", {**tokenizer, "extra_special_tokens": NAMES})
     template = out / "chat_template.jinja"
     if template.is_file():
