@@ -26,7 +26,7 @@ def loaded(directory: Path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.whole) for seed in range(2, 30))])
+@pytest.mark.parametrize("seed", [0, 17, *(pytest.param(n, marks=pytest.mark.whole) for n in range(1, 30) if n != 17)])
 def test_logits_of_random_sizes(tmp_path: Path, kind: str, seed: int) -> None:
     chance, theirs, ours = random.Random(f"{kind}{seed}"), tmp_path / "theirs", tmp_path / "ours"
     text, sees = kind.removeprefix("internvl "), kind.startswith("internvl ")
