@@ -56,7 +56,7 @@ def test_a_slow_stage_gets_a_line_each_ten_seconds(clock):
         view.step(row(step))
     lines = stream.getvalue().splitlines()[1:]
     assert [int(line.split()[1].partition("/")[0]) for line in lines] == list(range(3, 31, 3))
-    assert "111 h 6 min left" in lines[0]
+    assert "4 days 15 h left" in lines[0]
 
 
 def test_plain_lines_have_no_control_characters(clock):

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
 from onward.cli.output import abandon
+from onward.runs.check_report import duration
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -104,7 +105,7 @@ class View:
             tokens = sum(count for _, _, count in list(self._recent)[1:])
             facts.append(f"{tokens / (now - began):,.0f} tokens/s")
             if last < self._steps:
-                facts.append(f"{_duration((self._steps - last) * (now - began) / (last - first))} left")
+                facts.append(f"{duration((self._steps - last) * (now - began) / (last - first))} left")
         return "  ".join(facts)
 
 
@@ -124,11 +125,3 @@ def _bar(stream: TextIO, name: str, steps: int, done: int) -> tuple[Progress, Ta
     task = progress.add_task(name, total=steps, completed=done, facts="")
     progress.start()
     return progress, task
-
-
-def _duration(seconds: float) -> str:
-    """4 s, 12 min, 3 h 20 min."""
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -149,7 +149,7 @@ def _stage_lines(number: int, stage: StageCheck) -> Iterator[str]:
     )
     yield (
         f"  memory for weights, gradients and optimizer: {_bytes(stage.memory_bytes)}; "
-        f"time here: {_duration(stage.seconds)}, roughly"
+        f"time here: {duration(max(1, stage.seconds))}, roughly"
     )
 
 
@@ -177,11 +177,15 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def _duration(seconds: float) -> str:
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
-    return f"{max(1, round(seconds))} s"
+def duration(seconds: float) -> str:
+    """4 s, 12 min, 3 h 20 min, 2 days 5 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} days {hours % 24} h"
 
 
 def _bytes(number: int) -> str:

@@ -13,6 +13,7 @@ from onward.plan.changes import change_text
 from onward.plan.lock import Lock, extensions_of, locked_plan, read_lock
 from onward.plan.schema import Stage
 from onward.runs.begin import command_of, progress_of
+from onward.runs.check_report import duration
 from onward.runs.directory import RunDirectory
 from onward.runs.gates import extensions_by_gate, further
 from onward.runs.hold import holder
@@ -94,7 +95,7 @@ class RunStatus:
             if stage.gate:
                 yield f"      gate {_gate_text(stage.gate)}"
         if self.seconds_per_step and self.tokens_per_second is not None:
-            left = f", {self.eta_seconds:,.0f} s left in this stage" if self.eta_seconds else ""
+            left = f", {duration(self.eta_seconds)} left in this stage" if self.eta_seconds else ""
             yield f"  {self.seconds_per_step:.3g} s a step, {self.tokens_per_second:,.0f} tokens/s{left}"
         if fork := self.forked_from:
             yield f"  forked from {fork['run']}@{fork['stage']}/{fork['step']} (run {fork['run_id']})"
