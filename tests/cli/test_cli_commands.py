@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import logging
 import sys
 import types
 from pathlib import Path
@@ -203,3 +204,13 @@ def test_a_closed_stdout_is_no_error_message(monkeypatch):
         Closed.null = null
         monkeypatch.setattr(sys, "stdout", Closed())
         assert main(["schema"]) == 1
+
+
+def test_what_deepspeed_warns_of_when_it_is_imported_is_not_shown(capsys):
+    """It sets its own level and writes to stdout, where --json is; its errors are shown."""
+    assert main(["schema"]) == 0
+    logger = logging.getLogger("DeepSpeed")
+    warned, failed = (
+        logger.makeRecord("DeepSpeed", level, "", 0, "", (), None) for level in (logging.WARNING, logging.ERROR)
+    )
+    assert not logger.filter(warned) and logger.filter(failed)
