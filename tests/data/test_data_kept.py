@@ -160,6 +160,7 @@ def test_a_disk_that_does_not_take_them_costs_time_alone(encoder, tmp_path, anew
     def fails(*_, **__):
         raise OSError(28, "No space left on device")
 
+    fsync = os.fsync
     match failing:
         case "pwrite" | "fsync":
             monkeypatch.setattr(os, failing, fails)
@@ -172,7 +173,7 @@ def test_a_disk_that_does_not_take_them_costs_time_alone(encoder, tmp_path, anew
     lines = []
     source = ResolvedSource(write_rows(tmp_path / "d.jsonl", ROWS))
     data = prepare([source], encoder, on_bad_sample="stop", progress=lines.append)
-    monkeypatch.undo() if failing == "fsync" else None
+    monkeypatch.setattr(os, "fsync", fsync)
     assert [line for line in lines if "token ids are not kept (" in line and "each step makes its own" in line] == lines
     assert len(lines) == 1
     assert inputs(data, encoder) == anew

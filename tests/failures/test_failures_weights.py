@@ -14,13 +14,14 @@ from harness import assert_identical, start
 import onward
 from onward.errors import DamageError, TrainingError
 from onward.files import read_jsonl
-from onward.model.selection import Group
+from onward.model.selection import Group, Selection
 from onward.model.trainable import Trainable, restore
 from onward.plan.learning import Optimizer
 from onward.train.monitor import check_learning
 from onward.train.optimizer import make_optimizer, optimizer_state, restore_optimizer
 from onward.train.progress import Progress
 
+NOTHING = Selection({}, (), (), ())
 STEPS = {"learn": 12, "adapt": 4}
 LAST = {"learn": "stages/1-learn/checkpoints/step-000012", "adapt": "stages/2-adapt/checkpoints/step-000004"}
 
@@ -125,7 +126,7 @@ def test_row_14_the_optimizers_own_step_count_is_restored(cut: Path) -> None:
 
 
 def trainable(*names: str) -> Trainable:
-    return Trainable(None, None, matrices(*names), {}, (), {})
+    return Trainable(None, NOTHING, matrices(*names), {}, (), {})
 
 
 def test_row_18_a_missing_weight_is_an_error() -> None:
@@ -154,7 +155,7 @@ def test_row_21_the_adapter_goes_on_where_it_was(whole: Path, cut: Path) -> None
 def test_row_22_renamed_adapter_keys_are_an_error(cut: Path) -> None:
     tensors = dict(onward.load(cut / LAST["adapt"]).adapter().tensors)
     parameters = {name: torch.nn.Parameter(torch.zeros_like(tensor)) for name, tensor in tensors.items()}
-    live = Trainable(None, None, parameters, {}, (), {})
+    live = Trainable(None, NOTHING, parameters, {}, (), {})
     restore(live, tensors)
     renamed = {name.replace("model.layers", "model.language_model.layers"): t for name, t in tensors.items()}
     with pytest.raises(DamageError, match="lora_"):

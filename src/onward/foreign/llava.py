@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from onward.errors import InputError
+from onward.errors import DamageError, InputError
 from onward.files import read_json
 from onward.foreign.description import command
 
 VISION = r"(?:model\.)?vision_tower\.(?:vision_tower\.)?(?:vision_model\.)?"
 PROJECTOR = r"(?:model\.)?mm_projector\."
 NEWLINE = "image_newline"  # of LLaVA-NeXT (1.6): what stands at the end of a row of patches
+OWN_KEYS = ("mm_projector_type", "mm_vision_tower", "mm_hidden_size")
 REST = "non_lora_trainables.bin"
 WRAPPER = r"^(?:base_model\.model\.)?"  # PEFT's, which non_lora_trainables.bin has in its names
 
@@ -50,13 +51,13 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return stated
 
 
-def is_llava_config(config: Mapping[str, Any]) -> bool:
-    return "mm_projector_type" in config or "mm_vision_tower" in config or "mm_hidden_size" in config
+def is_llava_config(config: Any) -> bool:
+    return isinstance(config, dict) and not config.keys().isdisjoint(OWN_KEYS)
 
 
 def refuse_llava(config: Any, where: str) -> None:
     """InputError, with what to do, for the config.json of a model in LLaVA's own layout."""
-    if isinstance(config, dict) and is_llava_config(config):
+    if is_llava_config(config):
         raise InputError(
             "is a LLaVA in a layout of its own, which is put together with its vision tower",
             where=where,
@@ -79,13 +80,21 @@ def trained_command(file: Path) -> str:
     """What takes `mm_projector.bin` or `non_lora_trainables.bin`, with the adapter beside it: LLaVA's configuration
     there names the tower, and the adapter its base; what stands nowhere is in capitals.
     """
-    beside = [file.parent / name for name in ("config.json", "adapter_config.json")]
-    config, adapter = (read_json(path) if path.is_file() else {} for path in beside)
+    config, adapter = (_settings(file.parent / name) for name in ("config.json", "adapter_config.json"))
     tower = config.get("mm_vision_tower") if is_llava_config(config) else None
     base = adapter.get("base_model_name_or_path") or (config.get("_name_or_path") if tower else None)
     parts = (f"language_model={base or 'LLM'}", f"vision_tower={tower or 'CLIP'}", f"projector={file}")
     trained = ("--adapter", f"language_model={file.parent}") if file.name == REST else ()
     return command("assemble", *parts, *trained, "--out", "DIR")
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """A configuration as far as it can be read: nothing that is printed depends on more."""
+    try:
+        value = read_json(path)
+    except DamageError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
