@@ -134,7 +134,14 @@ def test_ctrl_c_ends_watching_well(tmp_path):
     lock = Lock(run_id="r", created="t", date="d", written={}, overrides={}, plan=plan_values(plan), fingerprints={},
                 environment={})  # fmt: skip
     write_lock(tmp_path / "plan.lock.json", lock)
-    process = subprocess.Popen([*ONWARD, "status", ".", "--watch"], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    words = [*ONWARD, "status", ".", "--watch"]
+    process = subprocess.Popen(
+        words,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where a shell runs it behind
+    )
     assert "stopped, not started yet" in process.stdout.readline()
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 0
