@@ -8,6 +8,22 @@ import pytest
 
 SAMPLES = Path(__file__).parents[2].parent / "shared" / "samples"
 needs_samples = pytest.mark.skipif(not SAMPLES.is_dir(), reason="../shared/samples is not there")
+SAMPLE_PLAN = """
+model: model
+engine: {{threads: 1}}
+stages:
+  - name: sft
+    train: {train}
+    data: data.jsonl
+    steps: 10
+    batch_size: 4
+    learning_rate: 2e-3
+    max_length: 512
+    max_grad_norm: 1.0
+    schedule: {{name: cosine, warmup_steps: 1}}
+    optimizer: {{name: adamw, weight_decay: 0.1, betas: [0.9, 0.95]}}
+"""
+"""What goes on with the trainings of the Qwen samples."""
 
 
 def pixels_of(base: str, input_ids):

@@ -9,7 +9,8 @@ from pathlib import Path
 import fused_run
 import pytest
 import torch
-from samples import SAMPLES, dequantised, needs_samples, pixels_of
+import trainer_run
+from samples import SAMPLE_PLAN, SAMPLES, dequantised, needs_samples, pixels_of
 from trainer_run import SAVED, STEPS
 
 import onward
@@ -195,43 +196,15 @@ def test_without_its_optimizer_a_stage_starts_from_the_weights(trained, tmp_path
 def test_killed_after_the_import_nothing_changes(trained, tmp_path):
     """Left alone and interrupted: the same bits, the A and its moments among them."""
     from onward.runs.diff import diff
-    from onward.train import loop
 
     place = trained("qwen")
     bring(place, tmp_path)
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     onward.run(place / "plan.yaml", directory=tmp_path / "run")
-    real = loop.check_learning
-
-    def stop(progress, norms):
-        if progress.step == 11:
-            raise KeyboardInterrupt
-        real(progress, norms)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "check_learning", stop)
-        with pytest.raises(KeyboardInterrupt):
-            onward.run(place / "plan.yaml", directory=tmp_path / "other")
+    trainer_run.interrupted(place, tmp_path / "other")
     again = onward.run(place / "plan.yaml", directory=tmp_path / "other")
     assert again.tier == "bitwise" and again.steps_trained < STEPS - SAVED
     assert diff(tmp_path / "run", tmp_path / "other").equal
-
-
-SAMPLE = """
-model: model
-engine: {{threads: 1}}
-stages:
-  - name: sft
-    train: {train}
-    data: data.jsonl
-    steps: 10
-    batch_size: 4
-    learning_rate: 2e-3
-    max_length: 512
-    max_grad_norm: 1.0
-    schedule: {{name: cosine, warmup_steps: 1}}
-    optimizer: {{name: adamw, weight_decay: 0.1, betas: [0.9, 0.95]}}
-"""
 
 
 @needs_samples
@@ -262,7 +235,7 @@ def test_two_steps_of_the_samples_own_batches_give_what_their_tool_has(tmp_path,
         base = dequantised(sample, base, tmp_path / "theirs")
     import_model(base, tmp_path / "model", shapes_of=parameter_shapes)
     (tmp_path / "data.jsonl").write_text('{"prompt": "Hello", "response": "Yes"}\n' * 20)
-    (tmp_path / "plan.yaml").write_text(SAMPLE.format(train=inspect(source).facts["the plan's train"]))
+    (tmp_path / "plan.yaml").write_text(SAMPLE_PLAN.format(train=inspect(source).facts["the plan's train"]))
     report = import_training(
         source, tmp_path / "plan.yaml", tmp_path / "run", [], accept=("loss", "data_order"), note=lambda _: None
     )

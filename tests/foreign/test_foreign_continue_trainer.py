@@ -130,19 +130,7 @@ def test_killed_after_an_import_nothing_changes(trained, tmp_path):
     bring(place, tmp_path)
     shutil.copytree(tmp_path / "run", tmp_path / "other")
     onward.run(place / "plan.yaml", directory=tmp_path / "run")
-    with pytest.MonkeyPatch.context() as patch:
-        from onward.train import loop
-
-        real = loop.check_learning
-
-        def stop(progress, norms):
-            if progress.step == 11:
-                raise KeyboardInterrupt
-            real(progress, norms)
-
-        patch.setattr(loop, "check_learning", stop)
-        with pytest.raises(KeyboardInterrupt):
-            onward.run(place / "plan.yaml", directory=tmp_path / "other")
+    trainer_run.interrupted(place, tmp_path / "other")
     again = onward.run(place / "plan.yaml", directory=tmp_path / "other")
     assert again.tier == "bitwise" and again.steps_trained < STEPS - SAVED
     assert diff(tmp_path / "run", tmp_path / "other").equal

@@ -10,7 +10,7 @@ import legacy_models as legacy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from samples import SAMPLES, dequantised, needs_samples, pixels_of
+from samples import SAMPLE_PLAN, SAMPLES, dequantised, needs_samples, pixels_of
 
 from onward.cli.main import main
 from onward.errors import OnwardError
@@ -249,27 +249,10 @@ def test_a_trainer_s_checkpoint_goes_on_by_what_inspect_prints(tmp_path: Path) -
     assert main(["import", str(base), "--out", str(tmp_path / "model")]) == 0
     assert main(["import", str(sample), "--base", str(base), "--out", str(tmp_path / "adapter")]) == 0
     (tmp_path / "data.jsonl").write_text('{"prompt": "Hello", "response": "Yes"}\n' * 4)
-    (tmp_path / "plan.yaml").write_text(GOES_ON.format(train=found.facts["the plan's train"]))
+    (tmp_path / "plan.yaml").write_text(SAMPLE_PLAN.format(train=found.facts["the plan's train"]))
     places = {"PLAN": tmp_path / "plan.yaml", "RUN": tmp_path / "run"}
     words = [str(places.get(word, word)) for word in str(found.next_command).split()]
     assert main([*words[1:], "--accept", "loss", "--accept", "data_order"]) == 0
     assert main(["run", str(tmp_path / "plan.yaml"), "--run", str(tmp_path / "run")]) == 0
     words = ["import", str(tmp_path / "adapter"), "--plan", str(tmp_path / "plan.yaml"), "--run", str(tmp_path / "new")]
     assert main(words) == 0
-
-
-GOES_ON = """
-model: model
-engine: {{threads: 1}}
-stages:
-  - name: sft
-    train: {train}
-    data: data.jsonl
-    steps: 10
-    batch_size: 4
-    learning_rate: 2e-3
-    max_length: 64
-    max_grad_norm: 1.0
-    schedule: {{name: cosine, warmup_steps: 1}}
-    optimizer: {{name: adamw, weight_decay: 0.1, betas: [0.9, 0.95]}}
-"""

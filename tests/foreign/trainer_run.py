@@ -140,3 +140,23 @@ def fit(model, directory: Path, optimizer=None, **more: object) -> Path:
     trainer.train()
     trainer.save_model(str(directory / "trainer/final"))
     return directory / "trainer"
+
+
+def interrupted(place: Path, run: Path) -> None:
+    """Train the place's plan, imported into `run`, until something stops it in its twelfth step."""
+    import pytest
+
+    import onward
+    from onward.train import loop
+
+    real = loop.check_learning
+
+    def stop(progress, norms):
+        if progress.step == 11:
+            raise KeyboardInterrupt
+        real(progress, norms)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "check_learning", stop)
+        with pytest.raises(KeyboardInterrupt):
+            onward.run(place / "plan.yaml", directory=run)

@@ -156,9 +156,9 @@ def plan_file(run: RunDirectory, events: Iterable[Mapping[str, Any]]) -> Path:
     return next((place for place in places if place.exists()), places[0])
 
 
-def command_of(run: RunDirectory, events: Iterable[Mapping[str, Any]]) -> str:
-    """The command that goes on with the run, from where this one was typed."""
-    return shlex.join(["onward", "run", str(plan_file(run, events)), "--run", str(run.path)])
+def command_of(run: RunDirectory, events: Iterable[Mapping[str, Any]], *overrides: str) -> str:
+    """The command that goes on with the run, from where this one was typed; with these keys of the plan changed."""
+    return shlex.join(["onward", "run", str(plan_file(run, events)), *overrides, "--run", str(run.path)])
 
 
 def _places(run: RunDirectory, plan: Path) -> list[str]:

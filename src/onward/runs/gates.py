@@ -133,11 +133,11 @@ def further(run: RunDirectory, stage: Stage) -> str:
 def _stopped(session: Session, stage: Stage, found: Measurements, reason: str) -> GateError:
     assert stage.gate is not None
     run = session.directory
-    plan, _, place = command_of(run, session.events()).rpartition(" --run ")
+    other = command_of(run, session.events(), f"stages.{stage.name}.gate.require=…")
     hint = (
         "its output and its checkpoints are kept, no later stage has begun. Train it further, then run again:\n"
         f"    {further(run, stage)}\n"
-        f"  or change its gate: {plan} stages.{stage.name}.gate.require=… --run {place}"
+        f"  or change its gate: {other}"
     )
     numbers = "".join(f"\n    {line}" for line in found.lines())
     return GateError(f"stage {stage.name} does not pass its gate: {reason}{numbers}", hint=hint)
