@@ -13,11 +13,12 @@ import secrets
 import shlex
 import shutil
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import FileIO
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,37 +68,46 @@ def digest_file(path: Path, algorithm: str = "sha256", keep: memoryview | None =
     """The digest of a file. `keep`, of its size, gets all of it. Of a large one the next two chunks are read while one
     is digested.
     """
-    hasher, done = Hasher(algorithm), 0
+    hasher = Hasher(algorithm)
     with path.open("rb", buffering=0) as file:
-        for chunk in (_read_ahead if path.stat().st_size > LARGE else _read)(file):
+        for chunk in (_read_ahead if path.stat().st_size > LARGE else _read)(file, keep):
             hasher.update(chunk)
-            if keep is not None:
-                keep[done : done + len(chunk)] = chunk
-            done += len(chunk)
     return hasher.digest()
 
 
-def _read(file: FileIO) -> Iterator[memoryview]:
-    """A file, a chunk after the other in one memory: fresh one would have to be touched for the first time again."""
-    buffer = memoryview(bytearray(CHUNK))
-    while size := file.readinto(buffer):
-        yield buffer[:size]
+def _read(file: FileIO, keep: memoryview | None) -> Iterator[memoryview]:
+    """A file, a chunk after the other."""
+    place = _places(keep, 1)
+    for number in count():
+        if not (size := file.readinto(place(number))):
+            return
+        yield place(number)[:size]
 
 
-def _read_ahead(file: FileIO) -> Iterator[memoryview]:
+def _read_ahead(file: FileIO, keep: memoryview | None) -> Iterator[memoryview]:
     """The same, while two threads read the next two chunks."""
-    buffers = [memoryview(bytearray(CHUNK)) for _ in range(3)]
+    place = _places(keep, 3)
     with ThreadPoolExecutor(2) as readers:
 
         def read(number: int) -> int:
-            return os.preadv(file.fileno(), [buffers[number % 3]], number * CHUNK)
+            return os.preadv(file.fileno(), [place(number)], number * CHUNK)
 
         ahead = deque(readers.submit(read, number) for number in range(2))
-        number = 0
-        while size := ahead.popleft().result():
+        for number in count():
+            if not (size := ahead.popleft().result()):
+                return
             ahead.append(readers.submit(read, number + 2))
-            yield buffers[number % 3][:size]
-            number += 1
+            yield place(number)[:size]
+
+
+def _places(keep: memoryview | None, chunks: int) -> Callable[[int], memoryview]:
+    """Where the chunk of a number is read to: its place in `keep`, touched for the first time by who reads it; else
+    the same few chunks of memory over and over: fresh ones would have to be touched for the first time again.
+    """
+    if keep is not None:
+        return lambda number: keep[number * CHUNK : (number + 1) * CHUNK]
+    buffers = [memoryview(bytearray(CHUNK)) for _ in range(chunks)]
+    return lambda number: buffers[number % chunks]
 
 
 def canonical_json(value: Any) -> bytes:

@@ -1,9 +1,7 @@
-"""Is there memory for a copy of a state? And such memory."""
+"""Is there memory for a copy of a state?"""
 
 from __future__ import annotations
 
-import mmap
-from contextlib import suppress
 from pathlib import Path
 
 SPARE = 1 << 28  # bytes that must stay free
@@ -32,15 +30,3 @@ def _free() -> int:
         import psutil
 
         return int(psutil.virtual_memory().available)
-
-
-def fresh(size: int) -> mmap.mmap:
-    """So many bytes of memory, in large pages where there are any: small ones take longer to be touched for the first
-    time than what is put into them takes to be read and digested.
-    """
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return mmap.mmap(-1, size)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory

@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from mmap import mmap
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from pathlib import Path
 
 from onward.checkpoint.manifest import MANIFEST, Manifest, TensorRecord, read_manifest
-from onward.checkpoint.memory import fresh
 from onward.checkpoint.tensorfile import FileRecord, TensorEntry, read_header
 from onward.errors import DamageError, OnwardError
 from onward.files import digest_file
@@ -74,7 +73,7 @@ def problems_of(directory: Path, manifest: Manifest, keep: dict[str, mmap] | Non
 def _digest(path: Path, record: FileRecord, keep: dict[str, mmap] | None) -> str:
     if keep is None or not record.size or path.suffix != ".safetensors":
         return digest_file(path, record.algorithm)
-    keep[record.path] = fresh(record.size)
+    keep[record.path] = mmap(-1, record.size, flags=MAP_PRIVATE | MAP_ANONYMOUS)
     return digest_file(path, record.algorithm, memoryview(keep[record.path]))
 
 
