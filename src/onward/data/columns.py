@@ -6,9 +6,10 @@ single one) is unpacked once into an Arrow file in the cache, piece by piece, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -23,7 +24,7 @@ LARGE_GROUP = 32 << 20
 PIECE = 256
 """Rows of a piece of that copy."""
 KEPT = 2
-"""Row groups that stay in memory."""
+"""Row groups, or record batches, that stay in memory."""
 
 
 class ColumnFile:
@@ -44,9 +45,9 @@ class ColumnFile:
         self._form, self._read = form, list(files)
         if form == "parquet" and _largest_group(path) > LARGE_GROUP:
             self._form, self._read = "arrow", [_unpacked(path, self.digest)]
-        self._opened: list[Any] | None = None
-        self._groups: dict[int, Any] = {}
-        self._ends = np.cumsum([rows for _, rows in self._parts()], dtype=np.int64)
+        self._opened: list[_Piece] | None = None
+        self._kept: dict[int, Any] = {}
+        self._ends = np.cumsum([piece.rows for piece in self._pieces()], dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -73,56 +74,66 @@ class ColumnFile:
         part = int(np.searchsorted(self._ends, i, side="right"))
         begin = int(self._ends[part - 1]) if part else 0
         try:
-            (row,) = self._part(part).slice(i - begin, 1).to_pylist()
+            (row,) = self._piece(part).slice(i - begin, 1).to_pylist()
         except (pyarrow.ArrowException, OSError, ValueError) as error:
             raise bad(self.origin(i), f"cannot be read ({_first_line(error)})") from None
         return {name: _without_nulls(value) for name, value in row.items() if value is not None}
 
-    def _part(self, number: int) -> Any:
-        """A record batch, or a row group, which stays in memory for a while."""
-        opened, _ = self._parts()[number]
-        if self._form == "arrow":
-            return opened
-        if number not in self._groups:
-            while len(self._groups) >= KEPT:
-                self._groups.pop(next(iter(self._groups)))
-            # without threads: they would not live on in a forked worker
-            self._groups[number] = opened.read_row_group(number, use_threads=False)
-        return self._groups[number]
+    def _piece(self, number: int) -> Any:
+        """A record batch, or a row group; the last ones stay in memory for a while."""
+        if number not in self._kept:
+            while len(self._kept) >= KEPT:
+                self._kept.pop(next(iter(self._kept)))
+            piece = self._pieces()[number]
+            self._kept[number] = piece.read(piece.number)
+        return self._kept[number]
 
-    def _parts(self) -> list[tuple[Any, int]]:
-        """Each part that is read at once, with its rows: (record batch, rows), or (Parquet file, rows of a group)."""
+    def _pieces(self) -> list[_Piece]:
         if self._opened is None:
-            self._opened = [part for file in self._read for part in _parts_of(file, self._form)]
+            self._opened = [piece for file in self._read for piece in _pieces_of(file, self._form)]
         return self._opened
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None, "_groups": {}}
+        return {**self.__dict__, "_opened": None, "_kept": {}}
 
 
-def _parts_of(file: Path, form: str) -> list[tuple[Any, int]]:
+class _Piece(NamedTuple):
+    """Rows that are read at once: `read(number)` gives them."""
+
+    read: Callable[[int], Any]
+    number: int
+    rows: int
+
+
+def _pieces_of(file: Path, form: str) -> list[_Piece]:
+    if form == "parquet":
+        opened = _parquet(file)
+        # without threads: they would not live on in a forked worker
+        read = partial(opened.read_row_group, use_threads=False)
+        rows = [opened.metadata.row_group(number).num_rows for number in range(opened.metadata.num_row_groups)]
+        return [_Piece(read, number, size) for number, size in enumerate(rows)]
     pyarrow = _pyarrow(file)
     try:
-        if form == "parquet":
-            opened = _parquet(file)
-            groups = range(opened.metadata.num_row_groups)
-            return [(opened, opened.metadata.row_group(number).num_rows) for number in groups]
         mapped = pyarrow.memory_map(str(file))
         if mapped.read(6) == b"ARROW1":
-            reader = pyarrow.ipc.open_file(mapped)
-            batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        else:
-            mapped.seek(0)
-            batches = pyarrow.ipc.open_stream(mapped).read_all().to_batches()
-        return [(batch, batch.num_rows) for batch in batches]
+            reader = pyarrow.ipc.open_file(mapped)  # batches are made when they are asked for: each takes kilobytes
+            batches = map(reader.get_batch, range(reader.num_record_batches))
+            return [_Piece(reader.get_batch, number, batch.num_rows) for number, batch in enumerate(batches)]
+        mapped.seek(0)
+        whole = pyarrow.ipc.open_stream(mapped).read_all().to_batches()
+        return [_Piece(whole.__getitem__, number, batch.num_rows) for number, batch in enumerate(whole)]
     except (pyarrow.ArrowException, OSError) as error:
-        raise PlanError(f"cannot be read as {form} ({_first_line(error)})", where=str(file)) from None
+        raise PlanError(f"cannot be read as arrow ({_first_line(error)})", where=str(file)) from None
 
 
 def _parquet(file: Path) -> Any:
+    pyarrow = _pyarrow(file)
     from pyarrow import parquet
 
-    return parquet.ParquetFile(file, memory_map=False, pre_buffer=False)
+    try:
+        return parquet.ParquetFile(file, memory_map=False, pre_buffer=False)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise PlanError(f"cannot be read as parquet ({_first_line(error)})", where=str(file)) from None
 
 
 def _pyarrow(file: Path) -> Any:
@@ -137,10 +148,8 @@ def _pyarrow(file: Path) -> Any:
 
 def _largest_group(file: Path) -> int:
     """Bytes of the largest row group, unpacked."""
-    return max(
-        (opened.metadata.row_group(i).total_byte_size for i, (opened, _) in enumerate(_parts_of(file, "parquet"))),
-        default=0,
-    )
+    groups = _parquet(file).metadata
+    return max((groups.row_group(number).total_byte_size for number in range(groups.num_row_groups)), default=0)
 
 
 def _unpacked(file: Path, digest: str) -> Path:
@@ -149,12 +158,12 @@ def _unpacked(file: Path, digest: str) -> Path:
 
     def write(out: Path) -> None:
         source = _parquet(file)
-        with pyarrow.OSFile(str(out), "wb") as sink, pyarrow.ipc.new_stream(sink, source.schema_arrow) as writer:
+        with pyarrow.OSFile(str(out), "wb") as sink, pyarrow.ipc.new_file(sink, source.schema_arrow) as writer:
             for batch in source.iter_batches(PIECE, use_threads=False):
                 writer.write_batch(batch)
 
     try:
-        return remembered_file("rows", ["arrow", 1, digest], write)
+        return remembered_file("rows", ["arrow", 2, digest], write)
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(
             f"its row groups are too large to read one for each sample, and no copy could be made ({error})",

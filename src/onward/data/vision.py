@@ -139,7 +139,7 @@ def load_vision(model_dir: Path, tokenizer: Any, limits: ImageLimits) -> Vision 
         if limits.given():
             raise InputError("images: this model takes none", where=where)
         return None
-    own = _own_config(model_dir)
+    own, config = _own_config(model_dir), _config(model_dir)
     image_processor = _image_processor(model_dir, kind, limits)
     around: tuple[str, str] = ("", "")
     refused: tuple[str, ...] = ()
@@ -150,7 +150,7 @@ def load_vision(model_dir: Path, tokenizer: Any, limits: ImageLimits) -> Vision 
                 raise InputError(f"its tokenizer names no {name}", where=where)
         around = (tokenizer.start_image_token, tokenizer.end_image_token)
         token, refused = tokenizer.context_image_token, (getattr(tokenizer, "video_token", "<video>"),)
-        processor = {"image_seq_length": own.get("image_seq_length", 256)}
+        processor = {"image_seq_length": own.get("image_seq_length", config.get("image_seq_length", 256))}
     elif kind == "onward_qwen_vl":
         around, token = ("<img>", "</img>"), "<imgpad>"
         processor = {"image_seq_length": own.get("image_seq_length", 256)}
@@ -161,7 +161,6 @@ def load_vision(model_dir: Path, tokenizer: Any, limits: ImageLimits) -> Vision 
         processor = _llava_processor(kind, image_processor, tokenizer, own, where)
         token = processor.image_token
     ids = tuple(int(tokenizer.convert_tokens_to_ids(piece)) for piece in (token, *around) if piece)
-    config = read_json(model_dir / "config.json") if (model_dir / "config.json").is_file() else {}
     expected = config.get("image_token_id", config.get("image_token_index", ids[0]))
     if expected != ids[0]:
         raise InputError(f"{token} is token {ids[0]} in its tokenizer, and {expected} in config.json", where=where)
@@ -172,11 +171,17 @@ def load_vision(model_dir: Path, tokenizer: Any, limits: ImageLimits) -> Vision 
 
 def _kind(model_dir: Path) -> str | None:
     """By the model's type; where there are only the processor's files, by the class that they name."""
-    if (model_dir / "config.json").is_file():
-        model_type = read_json(model_dir / "config.json").get("model_type")
+    if config := _config(model_dir):
+        model_type = config.get("model_type")
         return model_type if model_type in PROCESSORS.values() else None
     named = [read_json(model_dir / name).get("processor_class") for name in CONFIGS if (model_dir / name).is_file()]
     return next((PROCESSORS[name] for name in named if name in PROCESSORS), None)
+
+
+def _config(model_dir: Path) -> Mapping[str, Any]:
+    path = model_dir / "config.json"
+    config: Mapping[str, Any] = read_json(path) if path.is_file() else {}
+    return config
 
 
 def _own_config(model_dir: Path) -> Mapping[str, Any]:
