@@ -23,6 +23,8 @@ LARGE_GROUP = 32 << 20
 """Bytes of a row group, unpacked, from which on a copy with smaller pieces is made."""
 PIECE = 256
 """Rows of a piece of that copy."""
+BUFFER = 1 << 20
+"""Bytes of a column that are read at once; without it, all that a row group has of it are."""
 KEPT = 2
 """Row groups, or record batches, that stay in memory."""
 
@@ -131,7 +133,7 @@ def _parquet(file: Path) -> Any:
     from pyarrow import parquet
 
     try:
-        return parquet.ParquetFile(file, memory_map=False, pre_buffer=False)
+        return parquet.ParquetFile(file, memory_map=False, pre_buffer=False, buffer_size=BUFFER)
     except (pyarrow.ArrowException, OSError) as error:
         raise PlanError(f"cannot be read as parquet ({_first_line(error)})", where=str(file)) from None
 
@@ -161,6 +163,7 @@ def _unpacked(file: Path, digest: str) -> Path:
         with pyarrow.OSFile(str(out), "wb") as sink, pyarrow.ipc.new_file(sink, source.schema_arrow) as writer:
             for batch in source.iter_batches(PIECE, use_threads=False):
                 writer.write_batch(batch)
+        pyarrow.default_memory_pool().release_unused()
 
     try:
         return remembered_file("rows", ["arrow", 2, digest], write)
