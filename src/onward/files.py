@@ -70,18 +70,19 @@ def digest_file(path: Path, algorithm: str = "sha256", keep: memoryview | None =
     """
     hasher = Hasher(algorithm)
     with path.open("rb", buffering=0) as file:
-        for chunk in (_read_ahead if path.stat().st_size > LARGE else _read)(file, keep):
+        size = os.fstat(file.fileno()).st_size
+        for chunk in _read_ahead(file, keep) if size > LARGE else _read(file, keep, size):
             hasher.update(chunk)
     return hasher.digest()
 
 
-def _read(file: FileIO, keep: memoryview | None) -> Iterator[memoryview]:
+def _read(file: FileIO, keep: memoryview | None, size: int) -> Iterator[memoryview]:
     """A file, a chunk after the other."""
-    place = _places(keep, 1)
+    place = _places(keep, 1, min(size + 1, CHUNK))
     for number in count():
-        if not (size := file.readinto(place(number))):
+        if not (read := file.readinto(place(number))):
             return
-        yield place(number)[:size]
+        yield place(number)[:read]
 
 
 def _read_ahead(file: FileIO, keep: memoryview | None) -> Iterator[memoryview]:
@@ -100,13 +101,13 @@ def _read_ahead(file: FileIO, keep: memoryview | None) -> Iterator[memoryview]:
             yield place(number)[:size]
 
 
-def _places(keep: memoryview | None, chunks: int) -> Callable[[int], memoryview]:
+def _places(keep: memoryview | None, chunks: int, size: int = CHUNK) -> Callable[[int], memoryview]:
     """Where the chunk of a number is read to: its place in `keep`, touched for the first time by who reads it; else
     the same few chunks of memory over and over: fresh ones would have to be touched for the first time again.
     """
     if keep is not None:
         return lambda number: keep[number * CHUNK : (number + 1) * CHUNK]
-    buffers = [memoryview(bytearray(CHUNK)) for _ in range(chunks)]
+    buffers = [memoryview(bytearray(size)) for _ in range(chunks)]
     return lambda number: buffers[number % chunks]
 
 
