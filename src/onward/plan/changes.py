@@ -23,7 +23,6 @@ from onward.plan.table import BREAKING, ENVIRONMENT_BY_PLAN, FORWARD, TABLE, TIE
 
 # What a fork gives up: nothing; its place in data and schedule; the optimizer's state too; everything, as a new run.
 Cost = Literal["nothing", "place", "optimizer", "everything"]
-COSTS: tuple[Cost, ...] = ("nothing", "place", "optimizer", "everything")
 
 
 @dataclass(frozen=True)
