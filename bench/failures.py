@@ -200,7 +200,10 @@ def main() -> None:
         results = []
         for number, case in enumerate(case for case in CASES if chosen.only in case.title):
             here = place / "cases" / str(number)
-            results.append((case, case.trainer(place, here / "trainer"), case.onward(place, here / "onward")))
+            peer, own = case.trainer(place, here / "trainer"), case.onward(place, here / "onward")
+            if case.title.startswith("nothing") and (news := [*peer.news, *own.news]):
+                raise SystemExit(f"said although nothing had happened, so no case is silent: {news}")
+            results.append((case, peer, own))
             print(*list(table(results[-1:], place))[2:], flush=True)
         if not chosen.only:
             PAGE.write_text(page(results, place), encoding="utf-8")

@@ -100,10 +100,12 @@ def start(here: Path, work: Callable[[], int | None]) -> int:
 
 
 def said(here: Path) -> list[str]:
-    """What the last start in `here` said, without paths of this machine and the source lines of Python's warnings."""
+    """What the last start in `here` said, without paths of this machine, the source lines of Python's warnings, and
+    what DeepSpeed, where it is installed, says of the machine.
+    """
     text = (here / "said.txt").read_text(errors="replace").replace(f"{here.resolve()}/", "")
     lines = (re.sub(r"\S+/site-packages/", "", line).rstrip() for line in text.splitlines())
-    return [line for line in lines if line and not line.startswith("  warnings.warn(")]
+    return [line for line in lines if line and not re.search(r"^  warnings.warn\(|real_accelerator", line)]
 
 
 def content(directory: Path) -> dict[str, str]:

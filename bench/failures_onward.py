@@ -66,7 +66,8 @@ ORDINARY = re.compile(
     r"|process \d+ on \S+ ended without letting go of this run; taking over"
     r"|probe at step \d+: loss \S+ when saved, \S+ now$"
     r"|stage 1/1 sft: 32 steps|stage sft, step \d+: held-out|stage sft ends at step 5 of 32: |sft \d+/32  "
-    r"|stage sft: merged, reopened from disk|finished, \d+ steps trained: "
+    r"|stage sft: (trained; making its output|merged, reopened from disk|exact_match +baseline)"
+    r"|finished, \d+ steps trained: "
 )
 """What every start says that goes on where the last checkpoint was."""
 

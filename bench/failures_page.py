@@ -74,7 +74,7 @@ def _error(outcome: Outcome) -> Sequence[str]:
 def _short(lines: Sequence[str]) -> str:
     text = " ".join("; ".join(lines).replace("run/stages/1-sft/checkpoints/", "…/").split())
     text = text.replace("the run cannot go on as it was; nothing was changed. What differs:;", "what differs:")
-    text = re.sub(r'"sha256:([0-9a-f]{8})[0-9a-f]*(…|")', r"\1…", text)
+    text = re.sub(r"sha256:([0-9a-f]{8})[0-9a-f]*…", r"\1…", text)
     return text if len(text) <= CELL else text[: CELL - 1] + "…"
 
 
