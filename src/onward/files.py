@@ -29,6 +29,7 @@ from onward.errors import DamageError, InputError
 PARTIAL = ".partial-"
 CHUNK = 1 << 20
 LARGE = 16 * CHUNK  # less is read before the threads that would read ahead have begun
+KEPT = 4 * CHUNK  # a chunk of what is kept: its memory is touched for the first time, which takes longer than reading
 LINK = len(',"chain":"0123456789abcdef"}')
 
 
@@ -71,27 +72,46 @@ def digest_file(path: Path, algorithm: str = "sha256", keep: memoryview | None =
     hasher = Hasher(algorithm)
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        for chunk in _read_ahead(file, keep) if size > LARGE else _read(file, keep, size):
-            hasher.update(chunk)
+        if keep is not None:
+            read, place, chunk = _read_ahead if size > KEPT else _read, _places_in(keep, KEPT), KEPT
+        elif size > LARGE:
+            read, place, chunk = _read_ahead, _buffers(3, CHUNK), CHUNK
+        else:
+            read, place, chunk = _read, _buffers(1, min(size + 1, CHUNK)), min(size + 1, CHUNK)
+        for piece in read(file, place, chunk):
+            hasher.update(piece)
     return hasher.digest()
 
 
-def _read(file: FileIO, keep: memoryview | None, size: int) -> Iterator[memoryview]:
+Places = Callable[[int], memoryview]
+"""Where the chunk of a number is read to."""
+
+
+def _places_in(keep: memoryview, chunk: int) -> Places:
+    """Its own place, touched for the first time by who reads it."""
+    return lambda number: keep[number * chunk : (number + 1) * chunk]
+
+
+def _buffers(number_of: int, chunk: int) -> Places:
+    """The same few buffers over and over: fresh ones would have to be touched for the first time again."""
+    buffers = [memoryview(bytearray(chunk)) for _ in range(number_of)]
+    return lambda number: buffers[number % number_of]
+
+
+def _read(file: FileIO, place: Places, chunk: int) -> Iterator[memoryview]:
     """A file, a chunk after the other."""
-    place = _places(keep, 1, min(size + 1, CHUNK))
     for number in count():
-        if not (read := file.readinto(place(number))):
+        if not (size := _fill(place(number), file, number * chunk)):
             return
-        yield place(number)[:read]
+        yield place(number)[:size]
 
 
-def _read_ahead(file: FileIO, keep: memoryview | None) -> Iterator[memoryview]:
+def _read_ahead(file: FileIO, place: Places, chunk: int) -> Iterator[memoryview]:
     """The same, while two threads read the next two chunks."""
-    place = _places(keep, 3)
     with ThreadPoolExecutor(2) as readers:
 
         def read(number: int) -> int:
-            return os.preadv(file.fileno(), [place(number)], number * CHUNK)
+            return _fill(place(number), file, number * chunk)
 
         ahead = deque(readers.submit(read, number) for number in range(2))
         for number in count():
@@ -101,14 +121,12 @@ def _read_ahead(file: FileIO, keep: memoryview | None) -> Iterator[memoryview]:
             yield place(number)[:size]
 
 
-def _places(keep: memoryview | None, chunks: int, size: int = CHUNK) -> Callable[[int], memoryview]:
-    """Where the chunk of a number is read to: its place in `keep`, touched for the first time by who reads it; else
-    the same few chunks of memory over and over: fresh ones would have to be touched for the first time again.
-    """
-    if keep is not None:
-        return lambda number: keep[number * CHUNK : (number + 1) * CHUNK]
-    buffers = [memoryview(bytearray(size)) for _ in range(chunks)]
-    return lambda number: buffers[number % chunks]
+def _fill(place: memoryview, file: FileIO, begin: int) -> int:
+    """Read from `begin` on until `place` is full or the file ends; the bytes. A file system may give less at a time."""
+    done = 0
+    while size := os.preadv(file.fileno(), [place[done:]], begin + done):
+        done += size
+    return done
 
 
 def canonical_json(value: Any) -> bytes:
