@@ -100,12 +100,12 @@ def test_processes_take_turns(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at_once", [files.KEPT, 300_000])
-@pytest.mark.parametrize(("large", "kept"), [(files.LARGE, files.KEPT), (files.CHUNK, files.CHUNK)])
+@pytest.mark.parametrize(("large", "chunk"), [(files.LARGE, files.KEPT), (files.CHUNK, files.CHUNK)])
 @pytest.mark.parametrize("size", [0, 1, files.CHUNK - 1, files.CHUNK, 3 * files.CHUNK + 5])
-def test_the_digest_of_a_file_small_and_read_ahead(tmp_path, monkeypatch, size, large, kept, at_once):
+def test_the_digest_of_a_file_small_and_read_ahead(tmp_path, monkeypatch, size, large, chunk, at_once):
     """Also of a file system that gives less at a time than it is asked for."""
     monkeypatch.setattr(files, "LARGE", large)
-    monkeypatch.setattr(files, "KEPT", kept)
+    monkeypatch.setattr(files, "KEPT", chunk)
     preadv = os.preadv
     monkeypatch.setattr(os, "preadv", lambda file, views, begin: preadv(file, [views[0][:at_once]], begin))
     data = random.Random(size).randbytes(size)

@@ -72,13 +72,10 @@ def digest_file(path: Path, algorithm: str = "sha256", keep: memoryview | None =
     hasher = Hasher(algorithm)
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        if keep is not None:
-            read, place, chunk = _read_ahead if size > KEPT else _read, _places_in(keep, KEPT), KEPT
-        elif size > LARGE:
-            read, place, chunk = _read_ahead, _buffers(3, CHUNK), CHUNK
-        else:
-            read, place, chunk = _read, _buffers(1, min(size + 1, CHUNK)), min(size + 1, CHUNK)
-        for piece in read(file, place, chunk):
+        is_large = size > (LARGE if keep is None else KEPT)
+        chunk = min(size + 1, CHUNK) if keep is None else KEPT
+        place = _buffers(3 if is_large else 1, chunk) if keep is None else _places_in(keep, chunk)
+        for piece in (_read_ahead if is_large else _read)(file, place, chunk):
             hasher.update(piece)
     return hasher.digest()
 

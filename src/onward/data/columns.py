@@ -86,8 +86,7 @@ class ColumnFile:
         if number not in self._kept:
             while len(self._kept) >= KEPT:
                 self._kept.pop(next(iter(self._kept)))
-            piece = self._pieces()[number]
-            self._kept[number] = piece.read(piece.number)
+            self._kept[number] = self._pieces()[number].read()
         return self._kept[number]
 
     def _pieces(self) -> list[_Piece]:
@@ -100,30 +99,29 @@ class ColumnFile:
 
 
 class _Piece(NamedTuple):
-    """Rows that are read at once: `read(number)` gives them."""
+    """Rows that are read at once, and how many."""
 
-    read: Callable[[int], Any]
-    number: int
+    read: Callable[[], Any]
     rows: int
 
 
 def _pieces_of(file: Path, form: str) -> list[_Piece]:
     if form == "parquet":
         opened = _parquet(file)
+        rows = [opened.metadata.row_group(number).num_rows for number in range(opened.metadata.num_row_groups)]
         # without threads: they would not live on in a forked worker
         read = partial(opened.read_row_group, use_threads=False)
-        rows = [opened.metadata.row_group(number).num_rows for number in range(opened.metadata.num_row_groups)]
-        return [_Piece(read, number, size) for number, size in enumerate(rows)]
+        return [_Piece(partial(read, number), size) for number, size in enumerate(rows)]
     pyarrow = _pyarrow(file)
     try:
         mapped = pyarrow.memory_map(str(file))
         if mapped.read(6) == b"ARROW1":
             reader = pyarrow.ipc.open_file(mapped)  # batches are made when they are asked for: each takes kilobytes
             batches = map(reader.get_batch, range(reader.num_record_batches))
-            return [_Piece(reader.get_batch, number, batch.num_rows) for number, batch in enumerate(batches)]
+            return [_Piece(partial(reader.get_batch, number), batch.num_rows) for number, batch in enumerate(batches)]
         mapped.seek(0)
         whole = pyarrow.ipc.open_stream(mapped).read_all().to_batches()
-        return [_Piece(whole.__getitem__, number, batch.num_rows) for number, batch in enumerate(whole)]
+        return [_Piece(partial(whole.__getitem__, number), batch.num_rows) for number, batch in enumerate(whole)]
     except (pyarrow.ArrowException, OSError) as error:
         raise PlanError(f"cannot be read as arrow ({_first_line(error)})", where=str(file)) from None
 
